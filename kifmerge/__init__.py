@@ -1,0 +1,1 @@
+"""Continual learning without forgetting: importance-guided fusion of checkpoints."""

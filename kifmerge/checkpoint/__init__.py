@@ -1,0 +1,1 @@
+"""Files: atomic writing and importance snapshots. Knows no rule."""

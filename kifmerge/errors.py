@@ -1,0 +1,67 @@
+"""The exceptions a user may meet, chosen by who must act, and the exit code of each.
+
+    KifmergeError                 3  something the user can mend
+    ├── RecipeError               3  edit the recipe
+    ├── DataError                 3  mend a data file: the message names file and line
+    ├── CheckpointError           3  mend, or choose, a checkpoint, adapter or snapshot
+    ├── TrainingError             3  the model, optimizer or gradients cannot be trained this way
+    ├── RunError                  3  the output folder is in the way, or belongs to another run
+    └── TryAgainError             4  network, full disk: the same command may work later
+
+A message says what we were doing, what was found against what was expected, and what to do next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+MOST_PROBLEMS_SHOWN = 10
+
+EXIT_BUG = 1
+EXIT_INTERRUPTED = 130
+
+
+class KifmergeError(Exception):
+    """Something the user can mend. Base of every error raised on purpose."""
+
+    exit_code = 3
+
+
+class RecipeError(KifmergeError):
+    """The recipe asks for something that does not exist or cannot be."""
+
+
+class DataError(KifmergeError):
+    """A data file cannot be used: names the file and the line."""
+
+
+class CheckpointError(KifmergeError):
+    """A checkpoint, adapter or snapshot cannot be used: names the file and the tensor."""
+
+
+class TrainingError(KifmergeError):
+    """The model, the optimizer or the gradients do not allow this training."""
+
+
+class RunError(KifmergeError):
+    """The output folder is occupied, locked, or belongs to a different run."""
+
+
+class TryAgainError(KifmergeError):
+    """Nothing is wrong with the request: the same command may work later."""
+
+    exit_code = 4
+
+
+def problem_list(heading: str, problems: Sequence[str]) -> str:
+    """Format gathered problems as one message, the first ten in full.
+
+    >>> print(problem_list("data.jsonl", ["line 1: no output", "line 3: not JSON"]))
+    data.jsonl:
+      - line 1: no output
+      - line 3: not JSON
+    """
+    lines = [f"{heading}:", *(f"  - {problem}" for problem in problems[:MOST_PROBLEMS_SHOWN])]
+    if len(problems) > MOST_PROBLEMS_SHOWN:
+        lines.append(f"  - and {len(problems) - MOST_PROBLEMS_SHOWN} more")
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""One file per phase: data and model in, training, evaluation and report out."""

@@ -1,0 +1,201 @@
+"""Importance snapshots from any stock Trainer, with one added line.
+
+    trainer.add_callback(ImportanceCallback())
+
+The callback only watches: it changes neither gradients nor weights. A snapshot is written into
+every checkpoint the Trainer saves, and into the output folder when training ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from kifmerge.checkpoint.snapshot import write_snapshot
+from kifmerge.errors import TrainingError
+from kifmerge.tensor.importance import ImportanceAccumulator, ImportanceOptions, all_finite
+
+SNAPSHOT_FOLDER = "importance"
+
+
+class ImportanceCallback(TrainerCallback):
+    """Accumulates the importance of all trained parameters and writes snapshots.
+
+    Args:
+        options: how importance is measured.
+        details: recorded in the snapshot: role, task, model reference...
+        nonfinite: what to do with a step whose gradient is not finite: leave it out of the
+            importance and count it (``skip``), or end the training (``raise``).
+
+    Raises:
+        TrainingError: no parameter has a gradient (DeepSpeed, LOMO), or a gradient is not finite
+            under ``raise``.
+    """
+
+    def __init__(
+        self,
+        options: ImportanceOptions | None = None,
+        *,
+        details: Mapping[str, Any] | None = None,
+        nonfinite: Literal["skip", "raise"] = "skip",
+    ) -> None:
+        self.options = options or ImportanceOptions()
+        self.details = dict(details or {})
+        self.nonfinite = nonfinite
+        self.accumulator: ImportanceAccumulator | None = None
+        self._parameters: dict[str, nn.Parameter] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Set up the accumulators, on the device where the parameters are."""
+        refuse_without_gradients(args)
+        self._parameters = trained_parameters(kwargs["model"])
+        self.accumulator = ImportanceAccumulator(self._parameters, self.options)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Observe here when weights are taken before the step."""
+        if self.options.weights == "before":
+            self._observe(state.global_step)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Observe here when weights are taken after the step."""
+        if self.options.weights == "after":
+            self._observe(state.global_step)
+
+    def _observe(self, step: int) -> None:
+        assert self.accumulator is not None
+        gradients = [parameter.grad for parameter in self._parameters.values()]
+        if step == 0:
+            require_gradients(gradients)
+        taken = self.accumulator.update(list(self._parameters.values()), gradients)
+        if not taken and self.nonfinite == "raise":
+            raise nonfinite_error(self._parameters, step)
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write the snapshot into the checkpoint just saved."""
+        if state.is_world_process_zero:
+            folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+            self.write(folder / SNAPSHOT_FOLDER, kwargs["model"])
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write the final snapshot into the output folder."""
+        if state.is_world_process_zero:
+            self.write(Path(str(args.output_dir)) / SNAPSHOT_FOLDER, kwargs["model"])
+
+    def write(self, directory: Path, model: nn.Module) -> None:
+        """Write the snapshot of this moment, under the names of the checkpoint's own files."""
+        assert self.accumulator is not None
+        write_accumulator(directory, self.accumulator, model, self.details)
+
+
+def write_accumulator(
+    directory: Path,
+    accumulator: ImportanceAccumulator,
+    model: nn.Module,
+    details: Mapping[str, Any],
+) -> None:
+    """Write an accumulator as a snapshot under the names of the checkpoint's own files."""
+    names = checkpoint_names(model)
+    tensors: dict[str, Tensor] = {}
+    for key, value in accumulator.state_dict().items():
+        kind, _, name = key.partition("/")
+        tensors[f"{kind}/{names[name]}"] = value
+    write_snapshot(
+        directory,
+        tensors,
+        {
+            **details,
+            "steps": accumulator.num_steps,
+            "skipped_steps": accumulator.num_skipped,
+            "options": asdict(accumulator.options),
+        },
+    )
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters with ``requires_grad`` by name, tied ones once, compile's prefix taken off.
+
+    Raises:
+        TrainingError: there are none.
+    """
+    parameters = {
+        name.replace("_orig_mod.", ""): parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    if not parameters:
+        raise TrainingError("the model has no trainable parameter: every one is frozen")
+    return parameters
+
+
+def checkpoint_names(model: nn.Module) -> dict[str, str]:
+    """Parameter name -> its name in the files that ``save_pretrained`` writes.
+
+    The two differ for PEFT adapters, whose files leave out the adapter's name.
+    """
+    parameters = trained_parameters(model)
+    if not hasattr(model, "peft_config"):
+        return {name: name for name in parameters}
+    from peft import get_peft_model_state_dict
+
+    saved = {
+        (tensor.data_ptr(), tensor.numel()): name
+        for name, tensor in get_peft_model_state_dict(model).items()
+    }
+    return {
+        name: saved.get((parameter.data_ptr(), parameter.numel()), name)
+        for name, parameter in parameters.items()
+    }
+
+
+def require_gradients(gradients: list[Tensor | None]) -> None:
+    """Raise TrainingError when not one parameter has a gradient to look at."""
+    if all(gradient is None for gradient in gradients):
+        raise TrainingError(
+            "no parameter has a gradient at the optimizer step: the backward pass, or an engine "
+            "such as DeepSpeed, has already used them up. Importance needs p.grad."
+        )
+
+
+def refuse_without_gradients(args: TrainingArguments) -> None:
+    """Raise TrainingError, by name, for engines and optimizers that leave no ``p.grad``."""
+    optimizer = str(getattr(args.optim, "value", args.optim))
+    if args.deepspeed:
+        raise TrainingError("DeepSpeed keeps gradients to itself: importance needs p.grad")
+    if "lomo" in optimizer or "layerwise" in optimizer:
+        raise TrainingError(
+            f"optimizer {optimizer} applies gradients during the backward pass and leaves no "
+            "p.grad: choose another, such as adamw_torch"
+        )
+
+
+def nonfinite_error(parameters: Mapping[str, nn.Parameter], step: int) -> TrainingError:
+    """The error for a step with non-finite gradients, naming the first parameters concerned."""
+    bad = [n for n, p in parameters.items() if p.grad is not None and not all_finite([p.grad])]
+    shown = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
+    return TrainingError(
+        f"the gradient of optimizer step {step + 1} is not finite, in {shown}. "
+        "Lower the learning rate, or let such steps be left out with nonfinite: skip"
+    )
+
+
+@torch.no_grad()
+def drop_gradients(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Take all gradients away, so that the optimizer step to come changes nothing at all."""
+    for parameter in parameters.values():
+        parameter.grad = None

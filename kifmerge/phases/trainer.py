@@ -1,0 +1,396 @@
+"""The recurrent loop inside a stock ``transformers.Trainer``: one mixin.
+
+    class RecurrentTrainer(RecurrentMixin, Trainer): ...
+    RecurrentTrainer(model, args, train_dataset=new, memory=old).train()
+
+The Trainer keeps what is its own: batches, accumulation, clipping, mixed precision, schedule. The
+mixin watches the inner steps through callbacks, makes the outer steps on memory after every Q-th of
+them, and fuses. Saving and evaluating wait for the end of the round, so that what is saved and
+measured is always fused; at the last step they follow the tail.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence, Sized
+from pathlib import Path
+from typing import Any, Protocol
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from kifmerge.checkpoint.atomic import whole_file, write_json
+from kifmerge.errors import CheckpointError, TrainingError
+from kifmerge.phases.importance import (
+    drop_gradients,
+    nonfinite_error,
+    refuse_without_gradients,
+    require_gradients,
+    trained_parameters,
+)
+from kifmerge.phases.recurrent import RecurrentOptions, RecurrentRounds, Role, Round
+from kifmerge.tensor.importance import all_finite
+
+STATE_TENSORS = "recurrent.safetensors"
+STATE_COUNTERS = "recurrent.json"
+
+
+class Memory(Protocol):
+    """Rows of earlier tasks, prepared like the training rows: anything indexable with a length."""
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        ...
+
+    def __getitem__(self, index: int) -> Any:
+        """One row, as the data collator takes it."""
+        ...
+
+
+class MemoryBatches:
+    """Row numbers of each outer step's batch: drawn afresh, without replacement within a batch.
+
+    A batch depends on the seed and the number of the outer step alone, so that a resumed run and
+    every process draw the same.
+    """
+
+    def __init__(self, num_rows: int, batch_size: int, seed: int) -> None:
+        self._num_rows = num_rows
+        self._batch_size = batch_size
+        self._seed = seed
+
+    def __getitem__(self, outer_step: int) -> list[int]:
+        """Row numbers of the given outer step, counted from 0 over the whole training."""
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + outer_step)
+        order = torch.randperm(self._num_rows, generator=generator)
+        chosen: list[int] = order[: self._batch_size].tolist()
+        return chosen
+
+
+class RecurrentMixin:
+    """Gives a ``transformers.Trainer`` (or a subclass of it) the recurrent loop.
+
+    Args:
+        memory: rows of earlier tasks. None or empty makes this plain training: the first task.
+        recurrent: options of the loop; the default preset if left out.
+        memory_batches: row numbers per outer step; drawn at random with ``args.seed`` if left out.
+
+    Attributes:
+        rounds: what each round did.
+        num_nonfinite_steps: inner and outer steps left out because a gradient was not finite.
+
+    Raises:
+        TrainingError: an engine or optimizer that leaves no gradients (DeepSpeed, LOMO, layerwise).
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        memory: Memory | None = None,
+        recurrent: RecurrentOptions | None = None,
+        memory_batches: Sequence[list[int]] | MemoryBatches | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.recurrent = recurrent or RecurrentOptions()
+        self.memory = memory if isinstance(memory, Sized) and len(memory) else None
+        self.rounds: list[Round] = []
+        self.num_nonfinite_steps = 0
+        self.loop: _Loop | None = None
+        trainer = _as_trainer(self)
+        refuse_without_gradients(trainer.args)
+        if self.recurrent.accumulated_loss == "micro-batch":
+            trainer.model_accepts_loss_kwargs = False
+        if self.memory is not None:
+            self.loop = _Loop(trainer, self, memory_batches)
+            trainer.add_callback(_RecurrentCallback(self.loop))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as the Trainer does, with the latest round's figures beside the training loss."""
+        if "loss" in logs and self.rounds:
+            latest = self.rounds[-1].as_dict()
+            logs = {**logs, **{f"recurrent/{key}": value for key, value in latest.items()}}
+        super().log(logs, start_time)  # type: ignore[misc]
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+        if self.loop is not None and _as_trainer(self).args.should_save:
+            self.loop.save(Path(output_dir))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        if self.loop is not None:
+            self.loop.resume_from = Path(checkpoint) if checkpoint else None
+
+
+class _RecurrentCallback(TrainerCallback):
+    """Passes the Trainer's events on to the loop."""
+
+    def __init__(self, loop: _Loop) -> None:
+        self._loop = loop
+        self._postponed: set[str] = set()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._loop.begin()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._loop.before_step("new")
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._loop.after_step("new")
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._loop.count_inner_step()
+        if self._loop.inner_steps == self._loop.options.inner_steps:
+            self._loop.finish_round()
+        elif state.global_step >= state.max_steps or control.should_training_stop:
+            self._loop.finish_tail()
+        self._postpone_until_settled(control)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if control.should_training_stop:
+            self._loop.finish_tail()
+        self._postpone_until_settled(control)
+
+    def _postpone_until_settled(self, control: TrainerControl) -> None:
+        """Move a wish to save or evaluate to the end of the round."""
+        for wish in ("should_save", "should_evaluate"):
+            if not self._loop.is_settled:
+                if getattr(control, wish):
+                    self._postponed.add(wish)
+                setattr(control, wish, False)
+            elif wish in self._postponed:
+                self._postponed.discard(wish)
+                setattr(control, wish, True)
+
+
+class _Loop:
+    """Drives the rounds with the Trainer's own training step, clipping and optimizer."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        owner: RecurrentMixin,
+        memory_batches: Sequence[list[int]] | MemoryBatches | None,
+    ) -> None:
+        self.options = owner.recurrent
+        self.inner_steps = 0
+        self.is_settled = True
+        self.resume_from: Path | None = None
+        self._trainer = trainer
+        self._owner = owner
+        self._batches = memory_batches or self._random_batches()
+        self._num_outer_steps = 0
+        self._step_is_good = True
+        self._parameters: dict[str, nn.Parameter] = {}
+        self._rounds: RecurrentRounds | None = None
+        self._outer_optimizer: torch.optim.Optimizer | None = None
+
+    def _random_batches(self) -> MemoryBatches:
+        args = self._trainer.args
+        batch_size = self.options.outer_batch_size or (
+            args.per_device_train_batch_size * args.gradient_accumulation_steps
+        )
+        return MemoryBatches(len(self._memory), batch_size, args.seed)
+
+    @property
+    def _memory(self) -> Memory:
+        assert self._owner.memory is not None
+        return self._owner.memory
+
+    @property
+    def rounds(self) -> RecurrentRounds:
+        """The rounds; there are some once training has begun."""
+        assert self._rounds is not None
+        return self._rounds
+
+    def begin(self) -> None:
+        """Take theta_b from the model, which is on its device now, or go on from a checkpoint."""
+        trainer = self._trainer
+        self._parameters = trained_parameters(trainer.accelerator.unwrap_model(trainer.model))
+        self._rounds = RecurrentRounds(self._parameters, self.options)
+        self.inner_steps, self.is_settled = 0, True
+        if self.options.outer_optimizer == "separate":
+            self._outer_optimizer = self._separate_optimizer()
+        if self.resume_from is not None:
+            self._load(self.resume_from)
+
+    def _separate_optimizer(self) -> torch.optim.Optimizer:
+        args = self._trainer.args
+        optimizer_class, settings = Trainer.get_optimizer_cls_and_kwargs(args)
+        settings["lr"] = self.options.outer_learning_rate
+        optimizer: torch.optim.Optimizer = optimizer_class(self._parameters.values(), **settings)
+        return optimizer
+
+    def before_step(self, role: Role) -> None:
+        """Check the clipped gradients; a step with a non-finite one is left out altogether."""
+        gradients = [parameter.grad for parameter in self._parameters.values()]
+        if self._num_outer_steps == 0:
+            require_gradients(gradients)
+        self._step_is_good = all_finite(gradients)
+        if not self._step_is_good:
+            # With a gradient scaler an overflow is part of its search for a scale.
+            scaled = self._trainer.accelerator.scaler is not None
+            if self.options.nonfinite == "raise" and not scaled:
+                raise nonfinite_error(self._parameters, self._trainer.state.global_step)
+            self._owner.num_nonfinite_steps += 1
+            drop_gradients(self._parameters)
+        elif self.options.weights == "before":
+            self.rounds.observe(role)
+
+    def after_step(self, role: Role) -> None:
+        """Observe the stepped weights with the gradient that moved them."""
+        if self._step_is_good and self.options.weights == "after":
+            self.rounds.observe(role)
+
+    def count_inner_step(self) -> None:
+        """One inner step is over: until the round ends the weights are not fused."""
+        self.inner_steps += 1
+        self.is_settled = False
+
+    def finish_tail(self) -> None:
+        """Treat the last steps, which fill no round, as the options say."""
+        if self.inner_steps and self.options.tail == "fuse":
+            self.finish_round()
+        self.is_settled = True
+
+    def finish_round(self) -> None:
+        """Make the outer steps on memory and fuse."""
+        self.rounds.begin_outer()
+        losses = [self._outer_step() for _ in range(self.options.outer_steps)]
+        done = self.rounds.fuse(
+            inner_steps=self.inner_steps,
+            outer_steps=len(losses),
+            outer_loss=float(torch.stack(losses).mean()),
+        )
+        self._owner.rounds.append(done)
+        self.inner_steps, self.is_settled = 0, True
+
+    def _outer_step(self) -> Tensor:
+        trainer = self._trainer
+        loss = self._backward(self._next_batch())
+        trainer._clip_grad_norm(trainer.model_wrapped)  # type: ignore[no-untyped-call]
+        self.before_step("historical")
+        if self._outer_optimizer is None:
+            assert trainer.optimizer is not None
+            trainer.optimizer.step()
+        else:
+            self._step_separately(self._outer_optimizer)
+        self.after_step("historical")
+        trainer.model_wrapped.zero_grad()
+        self._num_outer_steps += 1
+        return loss
+
+    def _next_batch(self) -> Any:
+        trainer = self._trainer
+        collate = trainer._get_collator_with_removed_columns(trainer.data_collator, "memory")
+        rows = self._batches[self._num_outer_steps]
+        return collate([self._memory[row] for row in rows])
+
+    def _backward(self, batch: Any) -> Tensor:
+        """Forward and backward of one memory batch, with the loss weighted as the options say."""
+        trainer = self._trainer
+        accumulation = trainer.args.gradient_accumulation_steps
+        divisor = accumulation if self.options.outer_loss == "divided" else 1
+        num_items = trainer._get_num_items_in_batch([batch], trainer.args.device)
+        inner_divisor = trainer.current_gradient_accumulation_steps
+        trainer.current_gradient_accumulation_steps = divisor
+        try:
+            loss = trainer.training_step(
+                trainer.model_wrapped, batch, None if num_items is None else num_items * divisor
+            )
+        finally:
+            trainer.current_gradient_accumulation_steps = inner_divisor
+        return loss.detach() * divisor
+
+    def _step_separately(self, optimizer: torch.optim.Optimizer) -> None:
+        """Step the separate optimizer on gradients that clipping has already unscaled."""
+        if self._step_is_good:
+            optimizer.step()
+        scaler = self._trainer.accelerator.scaler
+        if scaler is not None:
+            scaler.update()
+
+    def save(self, directory: Path) -> None:
+        """Write accumulators, counters and the separate optimizer beside the Trainer's state."""
+        tensors = self.rounds.state_dict()
+        with whole_file(directory / STATE_TENSORS) as temporary:
+            safetensors.torch.save_file(
+                {**tensors, **_optimizer_tensors(self._outer_optimizer)}, temporary
+            )
+        counters = {
+            **self.rounds.counters(),
+            "num_outer_steps": self._num_outer_steps,
+            "num_nonfinite_steps": self._owner.num_nonfinite_steps,
+        }
+        write_json(directory / STATE_COUNTERS, counters)
+
+    def _load(self, directory: Path) -> None:
+        try:
+            tensors = safetensors.torch.load_file(directory / STATE_TENSORS)
+            counters = json.loads((directory / STATE_COUNTERS).read_text(encoding="utf-8"))
+            optimizer = {k: v for k, v in tensors.items() if k.startswith(_OPTIMIZER_PREFIX)}
+            others = {k: v for k, v in tensors.items() if k not in optimizer}
+            self.rounds.load_state(others, counters)
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(
+                f"{directory} does not hold this run's recurrent state ({error}): "
+                "resume from a checkpoint that the recurrent loop saved, or start over"
+            ) from error
+        self._num_outer_steps = counters["num_outer_steps"]
+        self._owner.num_nonfinite_steps = counters["num_nonfinite_steps"]
+        if self._outer_optimizer is not None:
+            _restore_optimizer(self._outer_optimizer, optimizer)
+
+
+_OPTIMIZER_PREFIX = "outer_optimizer/"
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
+    """State of an optimizer as ``outer_optimizer/PARAMETER_NUMBER/KEY``."""
+    if optimizer is None:
+        return {}
+    return {
+        f"{_OPTIMIZER_PREFIX}{number}/{key}": torch.as_tensor(value)
+        for number, state in optimizer.state_dict()["state"].items()
+        for key, value in state.items()
+    }
+
+
+def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        number, _, key = name.removeprefix(_OPTIMIZER_PREFIX).partition("/")
+        state.setdefault(int(number), {})[key] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def _as_trainer(mixin: RecurrentMixin) -> Trainer:
+    if not isinstance(mixin, Trainer):
+        raise TrainingError(
+            f"{type(mixin).__name__} must derive from RecurrentMixin and a transformers.Trainer, "
+            "in this order"
+        )
+    return mixin
+
+
+class RecurrentTrainer(RecurrentMixin, Trainer):
+    """A stock Trainer with the recurrent loop."""

@@ -1,0 +1,1 @@
+"""Pure mathematics on tensors: importance, selection, fusion, metrics. Knows no files."""

@@ -1,0 +1,223 @@
+"""Identification: how much each parameter matters, smoothed over training steps.
+
+For a weight w with gradient g the sensitivity of one step is ``s = |w*g|``: the change of the
+loss if w were set to zero, to first order. Over steps
+
+    S <- b1*S + (1 - b1)*s              smoothed sensitivity
+    U <- b2*U + (1 - b2)*|s - S|        uncertainty, with the S just updated
+    I  = S*U                            score
+
+both starting at 0, without bias correction.
+
+References:
+    Recurrent-KIF, arXiv 2502.17510; KIF, arXiv 2408.05200. The product form follows the authors'
+    released code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Sensitivity = Literal["first", "second", "mixed"]
+Score = Literal["product", "sensitivity"]
+Weights = Literal["after", "before"]
+
+# Elements updated in one foreach call: the scratch tensors of a call stay in cache on a CPU, and
+# the extra memory of an update does not grow with the model.
+CPU_GROUP_NUMEL = 1 << 17
+ACCELERATOR_GROUP_NUMEL = 1 << 25
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImportanceOptions:
+    """How sensitivity is measured and smoothed.
+
+    Attributes:
+        sensitivity: ``first`` |w*g|, ``second`` (w*g)^2, ``mixed`` |w*g - (w*g)^2/2|.
+        score: ``product`` S*U, or ``sensitivity`` S alone.
+        weights: w taken ``after`` the optimizer step (as the authors' code does) or ``before``.
+        betas: (b1, b2), each in [0, 1): smoothing of sensitivity and of uncertainty.
+    """
+
+    sensitivity: Sensitivity = "first"
+    score: Score = "product"
+    weights: Weights = "after"
+    betas: tuple[float, float] = (0.85, 0.85)
+
+    def __post_init__(self) -> None:
+        """Refuse smoothing factors that are not factors."""
+        if not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise ValueError(f"betas must lie in [0, 1), found {self.betas}")
+
+
+def score(sensitivity: Tensor, uncertainty: Tensor, kind: Score = "product") -> Tensor:
+    """Score of each parameter from its smoothed sensitivity and uncertainty, same shape.
+
+    >>> score(torch.tensor([2.0, 3.0]), torch.tensor([0.5, 0.0]))
+    tensor([1., 0.])
+    """
+    return sensitivity * uncertainty if kind == "product" else sensitivity.clone()
+
+
+class ImportanceAccumulator:
+    """Sensitivity and uncertainty of a fixed set of parameters, updated in place step by step.
+
+    The same class serves the new task and the historical ones. Accumulators are float32, shaped
+    and placed like their parameters, whatever the parameters' own dtype.
+
+    Attributes:
+        sensitivity: name -> S, in the order of the parameters.
+        uncertainty: name -> U.
+        num_steps: updates since the last reset.
+        num_skipped: updates refused since construction because a gradient was not finite.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, Tensor], options: ImportanceOptions | None = None
+    ) -> None:
+        self.options = options or ImportanceOptions()
+        self.sensitivity = {n: _zeros_float32(p) for n, p in parameters.items()}
+        self.uncertainty = {n: _zeros_float32(p) for n, p in parameters.items()}
+        self.num_steps = 0
+        self.num_skipped = 0
+
+    def update(self, weights: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> bool:
+        """Take in one step, all parameters alike or, if a gradient is not finite, none.
+
+        Args:
+            weights: one tensor per parameter, in the order of construction.
+            gradients: likewise; None (a parameter the loss did not reach) counts as zero.
+
+        Returns:
+            True if the step was taken in, False if it was skipped (and counted).
+        """
+        if not all_finite(gradients):
+            self.num_skipped += 1
+            return False
+        with torch.no_grad():
+            for group in _groups(
+                list(self.sensitivity.values()), list(self.uncertainty.values()), weights, gradients
+            ):
+                self._update_group(*group)
+        self.num_steps += 1
+        return True
+
+    def _update_group(
+        self,
+        sensitivity: list[Tensor],
+        uncertainty: list[Tensor],
+        weights: list[Tensor],
+        gradients: list[Tensor],
+    ) -> None:
+        b1, b2 = self.options.betas
+        scratch = _step_sensitivity(weights, gradients, self.options.sensitivity)
+        torch._foreach_lerp_(sensitivity, scratch, 1.0 - b1)
+        torch._foreach_sub_(scratch, sensitivity)
+        torch._foreach_abs_(scratch)
+        torch._foreach_lerp_(uncertainty, scratch, 1.0 - b2)
+
+    def scores(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, I) parameter by parameter: at most one score tensor is alive at a time."""
+        for name, sensitivity in self.sensitivity.items():
+            yield name, score(sensitivity, self.uncertainty[name], self.options.score)
+
+    def reset(self) -> None:
+        """Forget everything but the count of skipped steps."""
+        torch._foreach_zero_(list(self.sensitivity.values()))
+        torch._foreach_zero_(list(self.uncertainty.values()))
+        self.num_steps = 0
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Accumulators as ``sensitivity/NAME`` and ``uncertainty/NAME``, not copied."""
+        return {
+            **{f"sensitivity/{name}": value for name, value in self.sensitivity.items()},
+            **{f"uncertainty/{name}": value for name, value in self.uncertainty.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor], *, num_steps: int) -> None:
+        """Take accumulators over from :meth:`state_dict`; names and shapes must be the same."""
+        for key, target in self.state_dict().items():
+            target.copy_(state[key])
+        self.num_steps = num_steps
+
+
+def all_finite(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether every element of every tensor is finite, at the price of one device synchronisation.
+
+    >>> all_finite([torch.ones(2), None]), all_finite([torch.tensor([1.0, float("nan")])])
+    (True, False)
+    """
+    present = [tensor for tensor in tensors if tensor is not None]
+    if not present:
+        return True
+    # A largest absolute value cannot overflow, unlike a sum of squares, and it carries NaN along.
+    norms = torch._foreach_norm(present, float("inf"))
+    return bool(torch.stack([norm.float() for norm in norms]).isfinite().all())
+
+
+def _zeros_float32(parameter: Tensor) -> Tensor:
+    return torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
+
+
+def _step_sensitivity(
+    weights: list[Tensor], gradients: list[Tensor], kind: Sensitivity
+) -> list[Tensor]:
+    if any(tensor.dtype != torch.float32 for tensor in (*weights, *gradients)):
+        weights = [weight.float() for weight in weights]
+        gradients = [gradient.float() for gradient in gradients]
+    scratch: list[Tensor] = list(torch._foreach_mul(weights, gradients))
+    if kind == "second":
+        torch._foreach_mul_(scratch, scratch)
+    elif kind == "mixed":
+        halved_squares = torch._foreach_mul(scratch, scratch)
+        torch._foreach_mul_(halved_squares, 0.5)
+        torch._foreach_sub_(scratch, halved_squares)
+    torch._foreach_abs_(scratch)
+    return scratch
+
+
+def _groups(
+    sensitivity: Sequence[Tensor],
+    uncertainty: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+) -> Iterator[tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]]:
+    """Bundle small tensors, and cut large ones along their flat view, into groups of one size."""
+    group: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    numel = 0
+    for s, u, w, maybe_gradient in zip(sensitivity, uncertainty, weights, gradients, strict=True):
+        g = torch.zeros_like(w) if maybe_gradient is None else maybe_gradient
+        limit = CPU_GROUP_NUMEL if w.device.type == "cpu" else ACCELERATOR_GROUP_NUMEL
+        for piece in _pieces(s, u, w, g, limit):
+            if group and numel + piece[0].numel() > limit:
+                yield _columns(group)
+                group, numel = [], 0
+            group.append(piece)
+            numel += piece[0].numel()
+    if group:
+        yield _columns(group)
+
+
+def _columns(
+    group: list[tuple[Tensor, Tensor, Tensor, Tensor]],
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    s, u, w, g = zip(*group, strict=True)
+    return list(s), list(u), list(w), list(g)
+
+
+def _pieces(
+    s: Tensor, u: Tensor, w: Tensor, g: Tensor, limit: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    if w.numel() <= limit:
+        yield s, u, w, g
+        return
+    flat_w, flat_g = w.detach().reshape(-1), g.detach().reshape(-1)
+    flat_s, flat_u = s.view(-1), u.view(-1)
+    for start in range(0, flat_w.numel(), limit):
+        cut = slice(start, start + limit)
+        yield flat_s[cut], flat_u[cut], flat_w[cut], flat_g[cut]
