@@ -287,7 +287,7 @@ class _Loop:
     def _outer_step(self) -> Tensor:
         trainer = self._trainer
         loss = self._backward(self._next_batch())
-        trainer._clip_grad_norm(trainer.model_wrapped)  # type: ignore[no-untyped-call]
+        trainer._clip_grad_norm(trainer.model_wrapped)
         self.before_step("historical")
         if self._outer_optimizer is None:
             assert trainer.optimizer is not None

@@ -1,0 +1,162 @@
+"""The command line: parsing and printing, nothing else.
+
+Heavy libraries are imported inside the commands, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+import typer.core
+
+from kifmerge.errors import EXIT_INTERRUPTED, KifmergeError
+
+if TYPE_CHECKING:
+    from kifmerge.phases.report import Report
+
+
+class _ErrorMapping(typer.core.TyperGroup):
+    """Prints an error of ours as a message and exits with its code; bugs keep their traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KifmergeError as error:
+            typer.echo(f"kifmerge: {error}", err=True)
+            raise typer.Exit(error.exit_code) from error
+        except KeyboardInterrupt as error:
+            typer.echo("kifmerge: interrupted; finished stages are kept", err=True)
+            raise typer.Exit(EXIT_INTERRUPTED) from error
+
+
+app = typer.Typer(
+    cls=_ErrorMapping,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Learn task after task without forgetting; fuse checkpoints by importance.",
+)
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
+JobsOption = Annotated[
+    int, typer.Option("--jobs", min=1, help="Methods and seeds at once, each in its own process.")
+]
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", help="Remove an earlier run in the folder first.")
+]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"kifmerge {importlib.metadata.version('kifmerge')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main_options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print it.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    out: Annotated[
+        Path | None, typer.Option(help="Keep tasks, recipe and run here; else they are removed.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of tasks, weights and training.")] = 0,
+    json_output: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Show the whole idea in a minute: a tiny model learns four tasks, and forgets or does not."""
+    from kifmerge.demo import run_demo
+    from kifmerge.display import ProgressDisplay
+
+    with ProgressDisplay(quiet=quiet) as display:
+        report = run_demo(out, seed=seed, on_moment=display.on_moment)
+        if out is not None:
+            display.say(f"kept in {out}: run it again with kifmerge run {out}/recipe.yaml")
+    _print_report(report, json_output=json_output)
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path, typer.Argument(help="Recipe in YAML.")],
+    out: Annotated[Path, typer.Option(help="Run folder to make.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Replace an option of the recipe."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted or an extended run.")
+    ] = False,
+    overwrite: OverwriteOption = False,
+    jobs: JobsOption = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the recipe and stop.")] = False,
+    json_output: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Learn the tasks of a recipe in order, by each of its methods, and report what was kept."""
+    from kifmerge.display import ProgressDisplay
+    from kifmerge.recipe import load_recipe
+
+    loaded = load_recipe(recipe, settings or [])
+    if dry_run:
+        _print_mapping(loaded.as_dict(), json_output=json_output)
+        return
+    from kifmerge.run import run_recipe
+
+    with ProgressDisplay(quiet=quiet) as display:
+        report = run_recipe(
+            loaded,
+            out,
+            resume=resume,
+            overwrite=overwrite,
+            num_jobs=jobs,
+            on_moment=display.on_moment,
+        )
+        display.say(f"report: {out / 'report.md'}")
+    _print_report(report, json_output=json_output)
+
+
+@app.command()
+def report(
+    run_dir: Annotated[Path, typer.Argument(help="Folder that kifmerge run made.")],
+    json_output: JsonOption = False,
+) -> None:
+    """Print the report of a run folder, computed from the predictions it keeps."""
+    from kifmerge.run import collect_report
+
+    _print_report(collect_report(run_dir), json_output=json_output)
+
+
+def _print_report(found: Report, *, json_output: bool) -> None:
+    if json_output:
+        typer.echo(json.dumps(found.as_dict(), indent=2))
+        return
+    from kifmerge.display import print_tables
+    from kifmerge.phases.report import report_tables
+
+    print_tables(report_tables(found))
+
+
+def _print_mapping(content: dict[str, Any], *, json_output: bool) -> None:
+    if json_output:
+        typer.echo(json.dumps(content, indent=2))
+        return
+    import yaml
+
+    typer.echo(yaml.safe_dump(content, sort_keys=False), nl=False)
+
+
+def main() -> None:
+    """Entry point of the ``kifmerge`` command."""
+    app()

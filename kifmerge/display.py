@@ -1,0 +1,95 @@
+"""What a person sees: progress on stderr, tables on stdout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table as RichTable
+
+if TYPE_CHECKING:
+    from kifmerge.phases.report import Table
+    from kifmerge.phases.sequence import Moment
+    from kifmerge.run import Trial
+
+
+class ProgressDisplay:
+    """Live bars on a terminal, one line per finished activity elsewhere, nothing when quiet."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._console = Console(stderr=True, quiet=quiet)
+        self._bars: dict[Trial, TaskID] = {}
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=quiet or not self._console.is_terminal,
+        )
+
+    def __enter__(self) -> ProgressDisplay:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def say(self, text: str) -> None:
+        """Print a line to stderr."""
+        self._console.print(text, highlight=False, soft_wrap=True)
+
+    def on_moment(self, trial: Trial, moment: Moment) -> None:
+        """Show where a trial is."""
+        description = f"{trial.method} seed {trial.seed}: {moment.activity} {moment.task}"
+        if not self._console.is_terminal:
+            if moment.done == moment.total:
+                self.say(f"{description}, {moment.total} done {_figures(moment)}".rstrip())
+            return
+        if trial not in self._bars:
+            self._bars[trial] = self._progress.add_task(description, total=moment.total, figures="")
+        bar = self._bars[trial]
+        if self._progress.tasks[self._progress.task_ids.index(bar)].description != description:
+            self._progress.reset(bar, total=moment.total)
+        self._progress.update(
+            bar, description=description, completed=moment.done, figures=_figures(moment)
+        )
+
+
+def _figures(moment: Moment) -> str:
+    parts = []
+    if moment.num_rounds:
+        parts.append(f"round {moment.num_rounds}")
+    if moment.loss is not None:
+        parts.append(f"loss {moment.loss:.3f}")
+    return " ".join(parts)
+
+
+def print_tables(tables: Iterable[Table]) -> None:
+    """Print tables to stdout; wide enough not to cut figures when it is not a terminal."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    for table in tables:
+        shown = RichTable(title=table.title, title_justify="left")
+        for number, name in enumerate(table.header):
+            shown.add_column(name, justify="left" if number == 0 else "right", no_wrap=True)
+        for row in table.rows:
+            shown.add_row(*row)
+        console.print(shown)

@@ -1,0 +1,269 @@
+"""Rows of a task: read from JSONL, JSON, CSV, Parquet or the Hub, whatever their form.
+
+Forms, recognised by their keys: ``instruction``/``input``/``output``, ``prompt``/``completion``,
+``messages`` and ``text``/``label``. Other tables are mapped with ``columns``, where each value is a
+template over the table's own columns: ``{"text": "{title}\\n{content}", "label": "{label}"}``.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from kifmerge.checkpoint.atomic import write_text
+from kifmerge.errors import MOST_PROBLEMS_SHOWN, DataError, TryAgainError, problem_list
+
+FORMS = (
+    ("instruction", "output"),  # with or without "input"
+    ("prompt", "completion"),
+    ("messages",),
+    ("text", "label"),
+)
+_HUB_PATTERN = re.compile(
+    r"hf://datasets/(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+?))?"
+    r"(/(?P<config>[\w.-]+))?:(?P<split>[\w\[\]%:+-]+)"
+)
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One row: what the model is given, and what it should answer.
+
+    Attributes:
+        id: of the row, unique within its file.
+        instruction: what to do; empty if the input says it all.
+        input: what to do it with. A classifier sees this alone.
+        output: the answer, or the label.
+        messages: earlier turns of a conversation, for chat templates; empty otherwise.
+    """
+
+    id: str
+    instruction: str
+    input: str
+    output: str
+    messages: tuple[Mapping[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataOptions:
+    """How the rows of a source become examples.
+
+    Attributes:
+        columns: form key -> template over the source's columns; empty if the keys fit already.
+        labels: the labels that outputs must be among, in order; a whole number in a ``label``
+            column counts into this list. Empty: whatever is met.
+        num_rows: draw so many rows at random, always the same; None takes all.
+    """
+
+    columns: Mapping[str, str]
+    labels: Sequence[str] = ()
+    num_rows: int | None = None
+
+
+def read_examples(source: str, options: DataOptions) -> list[Example]:
+    """All examples of a source, or a fixed random sample of them.
+
+    Args:
+        source: path of a .jsonl, .json, .csv or .parquet file, or
+            ``hf://datasets/ORG/NAME[@REVISION][/CONFIG]:SPLIT``.
+        options: mapping, labels and sample size.
+
+    Raises:
+        DataError: file missing or empty, a bad row (the first ten are named by file and line), a
+            label outside the declared ones.
+        TryAgainError: the Hub could not be reached.
+    """
+    located = list(_located_rows(source))
+    if not located:
+        raise DataError(f"{source} is empty: expected at least one row")
+    if options.num_rows is not None and options.num_rows < len(located):
+        chosen = random.Random(0).sample(range(len(located)), options.num_rows)
+        located = [located[index] for index in sorted(chosen)]
+    examples, problems = [], []
+    for place, row in located:
+        try:
+            examples.append(_example(row, place, options))
+        except ValueError as error:
+            problems.append(f"{place}: {error}")
+            if len(problems) > MOST_PROBLEMS_SHOWN:
+                break
+    if problems:
+        raise DataError(problem_list(f"cannot use the rows of {source}", problems))
+    return examples
+
+
+def write_examples(path: Path, examples: Iterable[Example]) -> None:
+    """Write examples as JSONL that :func:`read_examples` takes back unchanged, atomically."""
+    lines = []
+    for example in examples:
+        row = {key: value for key, value in asdict(example).items() if value != ()}
+        if example.messages:
+            answer = {"role": "assistant", "content": example.output}
+            row = {"id": example.id, "messages": [*example.messages, answer]}
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    write_text(path, "".join(lines))
+
+
+def labels_met(examples: Iterable[Example]) -> list[str]:
+    """Distinct outputs in the order of first meeting."""
+    return list(dict.fromkeys(example.output for example in examples))
+
+
+def _located_rows(source: str) -> Iterator[tuple[str, Row]]:
+    """Yield (place, row); the place is FILE:LINE, or the source and the row's number."""
+    if source.startswith("hf://"):
+        yield from _table_rows(source, **_hub_arguments(source))
+        return
+    path = Path(source)
+    if not path.is_file():
+        raise DataError(f"{source}: no such file")
+    if path.suffix in (".csv", ".parquet"):
+        kind = path.suffix[1:]
+        yield from _table_rows(source, path=kind, data_files=str(path), split="train")
+    elif path.suffix == ".json":
+        yield from _json_rows(path)
+    else:
+        yield from _jsonl_rows(path)
+
+
+def _jsonl_rows(path: Path) -> Iterator[tuple[str, Row]]:
+    problems: list[str] = []
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            place = f"{path}:{number}"
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                problems.append(f"{place}: invalid JSON, {error.msg} at column {error.colno}")
+                continue
+            if not isinstance(row, dict):
+                problems.append(f"{place}: expected an object, found {type(row).__name__}")
+                continue
+            if not problems:
+                yield place, row
+    if problems:
+        raise DataError(problem_list(f"cannot read {path}", problems))
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, Row]]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}:{error.lineno}: invalid JSON, {error.msg}") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise DataError(f"{path}: expected a list of objects")
+    for number, row in enumerate(rows, start=1):
+        yield f"{path} row {number}", row
+
+
+def _hub_arguments(source: str) -> dict[str, Any]:
+    match = _HUB_PATTERN.fullmatch(source)
+    if match is None:
+        raise DataError(
+            f"{source}: expected hf://datasets/ORG/NAME[@REVISION][/CONFIG]:SPLIT, "
+            "for example hf://datasets/org/name:train"
+        )
+    found = match.groupdict()
+    return {
+        "path": found["name"],
+        "name": found["config"],
+        "split": found["split"],
+        "revision": found["revision"],
+    }
+
+
+def _table_rows(source: str, **arguments: Any) -> Iterator[tuple[str, Row]]:
+    """Rows of anything that the datasets library loads, class numbers turned into their names."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        table = datasets.load_dataset(**arguments)
+    except ConnectionError as error:
+        raise TryAgainError(f"{source}: the Hub could not be reached ({error})") from error
+    except (datasets.exceptions.DatasetNotFoundError, OSError, ValueError) as error:
+        raise DataError(f"{source}: cannot be loaded ({error})") from error
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise DataError(f"{source}: cannot be read ({error.__cause__ or error})") from error
+    names = {
+        column: feature.names
+        for column, feature in table.features.items()
+        if isinstance(feature, datasets.ClassLabel)
+    }
+    for number, row in enumerate(table):
+        named = {c: names[c][v] if c in names and v >= 0 else v for c, v in row.items()}
+        yield f"{source} row {number + 1}", named
+
+
+def _example(row: Row, place: str, options: DataOptions) -> Example:
+    if options.columns:
+        row = {**_mapped(row, options.columns), "id": row.get("id")}
+    example = _recognised(row, row_id=str(row.get("id") or place.rpartition("/")[2]))
+    if options.labels:
+        output = _declared_label(row.get("label", example.output), options.labels)
+        example = Example(example.id, example.instruction, example.input, output, example.messages)
+    return example
+
+
+def _mapped(row: Row, columns: Mapping[str, str]) -> Row:
+    try:
+        return {key: template.format(**row) for key, template in columns.items()}
+    except KeyError as error:
+        raise ValueError(
+            f"missing column {error}: the mapping names it, the row has {', '.join(row)}"
+        ) from None
+
+
+def _recognised(row: Row, *, row_id: str) -> Example:
+    form = next((form for form in FORMS if all(key in row for key in form)), None)
+    if form is None:
+        wanted = " or ".join("/".join(form) for form in FORMS)
+        raise ValueError(f"missing column: expected {wanted}, found {', '.join(row) or 'nothing'}")
+    if form == ("messages",):
+        return _conversation(row, row_id)
+    values = {key: _text(row, key) for key in form}
+    if form == ("instruction", "output"):
+        text = _text(row, "input") if row.get("input") is not None else ""
+        return Example(row_id, values["instruction"], text, values["output"])
+    given, answer = values.values()
+    return Example(row_id, "", given, answer)
+
+
+def _conversation(row: Row, row_id: str) -> Example:
+    messages = row["messages"]
+    if (
+        not isinstance(messages, list)
+        or len(messages) < 2
+        or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages)
+        or messages[-1]["role"] != "assistant"
+    ):
+        raise ValueError(
+            "messages: expected a list of {role, content} that ends with the assistant's answer"
+        )
+    earlier = tuple({"role": m["role"], "content": m["content"]} for m in messages[:-1])
+    return Example(row_id, "", earlier[-1]["content"], messages[-1]["content"], earlier)
+
+
+def _text(row: Row, key: str) -> str:
+    value = row[key]
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise ValueError(f"{key}: expected text, found {type(value).__name__}")
+    return str(value)
+
+
+def _declared_label(value: Any, labels: Sequence[str]) -> str:
+    text = str(value).strip()
+    if text in labels:
+        return text
+    if isinstance(value, int) and 0 <= value < len(labels):
+        return labels[value]
+    raise ValueError(f"label {text!r} is not among the declared: {', '.join(labels)}")

@@ -1,0 +1,273 @@
+"""Models to train: loaded or made from scratch, with tokenizer, head and adapter.
+
+A checkpoint written here is an ordinary transformers or PEFT folder with one more file,
+``kifmerge.json``, which says what kind of model it is, on what base, and for which labels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import transformers
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from kifmerge.checkpoint.atomic import write_json
+from kifmerge.errors import CheckpointError
+from kifmerge.phases.classifier import (
+    HEAD_NAME,
+    MeanPooledClassifier,
+    MeanPooledClassifierConfig,
+    grow_head,
+)
+from kifmerge.phases.tokenizer import TokenizerOptions
+
+Kind = Literal["causal-lm", "seq2seq-lm", "classifier"]
+Pooling = Literal["own", "mean"]
+
+PROVENANCE_FILE = "kifmerge.json"
+_AUTO_CLASSES = {
+    "causal-lm": AutoModelForCausalLM,
+    "seq2seq-lm": AutoModelForSeq2SeqLM,
+    "classifier": AutoModelForSequenceClassification,
+}
+_TASK_TYPES = {"causal-lm": "CAUSAL_LM", "seq2seq-lm": "SEQ_2_SEQ_LM", "classifier": "SEQ_CLS"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraOptions:
+    """A LoRA adapter, made by PEFT.
+
+    Attributes:
+        targets: names of modules to adapt, or one regular expression over their full names.
+        rank: r.
+        alpha: the update is scaled by alpha / r.
+        dropout: on the adapter's input.
+    """
+
+    targets: Sequence[str] | str
+    rank: int = 8
+    alpha: float = 32
+    dropout: float = 0.05
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelOptions:
+    """Which model, and how it is used.
+
+    Attributes:
+        kind: ``causal-lm``, ``seq2seq-lm`` or ``classifier``.
+        reference: folder or Hub name of the base; None makes one from ``config``.
+        config: transformers configuration of a model from scratch, with its ``model_type``.
+        tokenizer: folder or Hub name if not the base's own, or how to train one from scratch.
+        pooling: of a classifier: ``own`` as its family does, or ``mean`` over the tokens.
+        lora: adapter options; None trains all parameters.
+        max_tokens: of an input; longer ones are cut at the end.
+        max_output_tokens: of an answer in training and generation.
+        template: ``plain`` (instruction and input as they are), ``alpaca``, or the tokenizer's
+            ``chat`` template.
+        dropout: sets every dropout of the base's configuration; None leaves them.
+    """
+
+    kind: Kind
+    reference: str | None = None
+    config: Mapping[str, Any] | None = None
+    tokenizer: str | TokenizerOptions | None = None
+    pooling: Pooling = "own"
+    lora: LoraOptions | None = None
+    max_tokens: int = 512
+    max_output_tokens: int = 32
+    template: Literal["plain", "alpaca", "chat"] = "plain"
+    dropout: float | None = None
+
+
+@dataclass(slots=True)
+class LoadedModel:
+    """A live model with all that is needed to feed it and to read its answers.
+
+    Attributes:
+        model: a transformers model, or a PeftModel around one.
+        tokenizer: with a pad and an end token.
+        options: what it was loaded by.
+        labels: of a classifier, in the order of its logits.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    options: ModelOptions
+    labels: list[str] = field(default_factory=list)
+
+    def grow_labels(self, labels: Sequence[str], *, seed: int) -> None:
+        """Extend the head to further labels; the weights of known labels stay."""
+        added = [label for label in labels if label not in self.labels]
+        if self.options.kind == "classifier" and added:
+            grow_head(self.model, len(self.labels) + len(added), seed=seed)
+            self.labels += added
+            _set_labels(self.model.config, self.labels)
+
+    def save(self, directory: Path) -> None:
+        """Write the model (or its adapter), tokenizer and ``kifmerge.json``."""
+        self.model.save_pretrained(directory)
+        self.tokenizer.save_pretrained(directory)
+        write_json(
+            directory / PROVENANCE_FILE,
+            {
+                "format": "kifmerge.checkpoint",
+                "version": 1,
+                "kind": self.options.kind,
+                "pooling": self.options.pooling,
+                "base": self.options.reference,
+                "labels": self.labels,
+                "transformers": transformers.__version__,
+            },
+        )
+
+
+def saved_labels(directory: Path) -> list[str]:
+    """The labels that a checkpoint written by :meth:`LoadedModel.save` covers."""
+    provenance = json.loads((directory / PROVENANCE_FILE).read_text(encoding="utf-8"))
+    labels: list[str] = provenance["labels"]
+    return labels
+
+
+def load_model(
+    options: ModelOptions, labels: Sequence[str], *, seed: int, checkpoint: Path | None = None
+) -> LoadedModel:
+    """Load a base with a fresh head and adapter, or a checkpoint that training wrote.
+
+    Args:
+        options: with a reference; a model from scratch is first made by
+            :func:`kifmerge.phases.scratch.make_base`.
+        labels: of a classifier; labels that the checkpoint does not know yet extend its head.
+        seed: of everything that is initialised at random.
+        checkpoint: folder written by :meth:`LoadedModel.save`.
+
+    Raises:
+        CheckpointError: the model cannot be loaded, or LoRA targets match no module.
+    """
+    reference = options.reference
+    assert reference is not None
+    known = saved_labels(checkpoint) if checkpoint is not None else list(labels)
+    transformers.set_seed(seed)
+    with _loading(reference):
+        tokenizer = _load_tokenizer(options, checkpoint)
+        whole = checkpoint if checkpoint is not None and options.lora is None else None
+        model = _load_base(options, str(whole or reference), known, has_head=whole is not None)
+    if options.lora is not None:
+        model = _adapted(model, options, checkpoint)
+    loaded = LoadedModel(model, tokenizer, options, known if options.kind == "classifier" else [])
+    loaded.grow_labels(labels, seed=seed)
+    return loaded
+
+
+@contextlib.contextmanager
+def _loading(reference: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise CheckpointError(
+            f"cannot load the model {reference}: {first_line}. Expected a folder with config.json, "
+            "tokenizer and safetensors weights, or a Hub name such as org/name"
+        ) from error
+
+
+def _load_tokenizer(options: ModelOptions, checkpoint: Path | None) -> PreTrainedTokenizerBase:
+    source = options.tokenizer if isinstance(options.tokenizer, str) else options.reference
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(checkpoint or source)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _load_base(
+    options: ModelOptions, reference: str, labels: Sequence[str], *, has_head: bool
+) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(reference)
+    if options.dropout is not None:
+        set_dropout(config, options.dropout)
+    if options.kind == "classifier" and options.pooling == "mean" and not has_head:
+        encoder = AutoModel.from_pretrained(reference, config=config, use_safetensors=True)
+        pooled = MeanPooledClassifierConfig(encoder=encoder.config.to_dict())
+        _set_labels(pooled, labels)
+        return MeanPooledClassifier(pooled, encoder)
+    if options.kind == "classifier":
+        _set_labels(config, labels)
+    model: PreTrainedModel = _AUTO_CLASSES[options.kind].from_pretrained(
+        reference, config=config, use_safetensors=True
+    )
+    return model
+
+
+def set_dropout(config: Any, dropout: float) -> None:
+    """Set every dropout probability that a configuration has."""
+    for name, value in config.to_dict().items():
+        if "dropout" in name and (value is None or isinstance(value, (int, float))):
+            setattr(config, name, dropout)
+
+
+def _set_labels(config: Any, labels: Sequence[str]) -> None:
+    config.num_labels = len(labels)
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: index for index, label in enumerate(labels)}
+
+
+def _adapted(
+    model: PreTrainedModel, options: ModelOptions, checkpoint: Path | None
+) -> PreTrainedModel:
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    lora = options.lora
+    assert lora is not None
+    if checkpoint is not None:
+        with _loading(str(checkpoint)):
+            trained: PreTrainedModel = PeftModel.from_pretrained(
+                model, checkpoint, is_trainable=True
+            )
+            return trained
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.targets if isinstance(lora.targets, str) else list(lora.targets),
+        modules_to_save=_head_names(model) if options.kind == "classifier" else None,
+        task_type=_TASK_TYPES[options.kind] if options.pooling == "own" else None,
+    )
+    try:
+        adapted: PreTrainedModel = get_peft_model(model, config)
+    except ValueError as error:
+        raise CheckpointError(
+            f"LoRA targets {lora.targets!r} match no module of {options.reference}. "
+            f"Linear modules are named: {', '.join(_linear_names(model))}"
+        ) from error
+    return adapted
+
+
+def _head_names(model: PreTrainedModel) -> list[str]:
+    names = {name for name, _ in model.named_children()}
+    return [name for name in (HEAD_NAME, "score", "classification_head") if name in names]
+
+
+def _linear_names(model: PreTrainedModel) -> list[str]:
+    import torch
+
+    return sorted(
+        {
+            name.rpartition(".")[2]
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear)
+        }
+    )

@@ -1,0 +1,356 @@
+"""A sequence of tasks under one method and one seed: train, remember, evaluate, stage by stage.
+
+Stage 0 is the model before any training, stage k the model after task k. Every stage is one folder,
+renamed into place only when it is whole:
+
+    00-before/                checkpoint/  predictions/TASK.jsonl  stage.json
+    01-TASK/ ... NN-TASK/     the same, and memory.jsonl: the rows kept of this task
+
+Stages 0 and 1 are the same for all methods (the first task has no memory and is plain training)
+and are made once, by :func:`run_start`. Whatever exists is not made again, so that the same call
+resumes an interrupted sequence, and goes on from a finished one that was given further tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from kifmerge.checkpoint.atomic import remove_unfinished, whole_folder, write_json
+from kifmerge.phases.data import DataOptions, Example, labels_met, read_examples, write_examples
+from kifmerge.phases.evaluate import Metric, predict, write_predictions
+from kifmerge.phases.memory import select_memory
+from kifmerge.phases.model import LoadedModel, ModelOptions, load_model, saved_labels
+from kifmerge.phases.recurrent import RecurrentOptions, Rule
+from kifmerge.phases.scratch import make_base
+from kifmerge.phases.train import Progress, TrainingOptions, TrainingRecord, train_task
+
+BEFORE = "before"
+ALL_TASKS = "all-tasks"
+CHECKPOINT = "checkpoint"
+PREDICTIONS = "predictions"
+MEMORY_FILE = "memory.jsonl"
+STAGE_FILE = "stage.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """How a method treats a new task.
+
+    Attributes:
+        memory: ``unused``; ``mixed`` into the training rows; or ``outer``: in outer steps.
+        rule: how rounds are fused where memory is used in outer steps; None takes the recipe's.
+        at_once: all tasks together instead of one after the other.
+    """
+
+    memory: Literal["unused", "mixed", "outer"]
+    rule: Rule | None = None
+    at_once: bool = False
+
+
+MethodName = Literal[
+    "sequential",
+    "replay-mixed",
+    "replay-interleaved",
+    "recurrent-average",
+    "recurrent-kif",
+    "recurrent-kif-adaptive",
+    "multitask",
+]
+
+METHODS: Mapping[str, Method] = {
+    "sequential": Method("unused"),
+    "replay-mixed": Method("mixed"),
+    "replay-interleaved": Method("outer", "none"),
+    "recurrent-average": Method("outer", "average"),
+    "recurrent-kif": Method("outer", "recurrent-kif"),
+    "recurrent-kif-adaptive": Method("outer", "recurrent-kif-adaptive"),
+    "multitask": Method("unused", at_once=True),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskOptions:
+    """One task of a sequence.
+
+    Attributes:
+        name: used in folders and tables.
+        train: source of the training rows (see :func:`kifmerge.phases.data.read_examples`).
+        test: source of the test rows.
+        columns: template per form key, where the source's own columns do not fit.
+        labels: declared labels; empty takes those met in the training rows.
+        train_rows: a fixed random sample of so many; None takes all.
+        test_rows: likewise.
+        metric: of language models: ``exact-match`` or ``rouge-l``.
+    """
+
+    name: str
+    train: str
+    test: str
+    columns: Mapping[str, str] | None = None
+    labels: Sequence[str] = ()
+    train_rows: int | None = None
+    test_rows: int | None = None
+    metric: Metric = "exact-match"
+
+
+class Task:
+    """A task with its rows, read when first needed."""
+
+    def __init__(self, options: TaskOptions) -> None:
+        self.options = options
+        self.name = options.name
+
+    @cached_property
+    def train(self) -> list[Example]:
+        """Training rows."""
+        return self._read(self.options.train, self.options.train_rows, self.options.labels)
+
+    @cached_property
+    def test(self) -> list[Example]:
+        """Test rows; their labels must be among the task's."""
+        return self._read(self.options.test, self.options.test_rows, self.options.labels)
+
+    @cached_property
+    def labels(self) -> list[str]:
+        """Declared labels, or those met in the training rows, sorted."""
+        return list(self.options.labels) or sorted(labels_met(self.train))
+
+    def _read(self, source: str, num_rows: int | None, labels: Sequence[str]) -> list[Example]:
+        columns = self.options.columns or {}
+        return read_examples(source, DataOptions(columns=columns, labels=labels, num_rows=num_rows))
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """Where a sequence is: for a progress display."""
+
+    task: str
+    activity: Literal["training", "evaluating"]
+    done: int
+    total: int
+    num_rounds: int = 0
+    loss: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceOptions:
+    """All that a sequence needs but its method and seed."""
+
+    model: ModelOptions
+    tasks: Sequence[TaskOptions]
+    training: TrainingOptions
+    recurrent: RecurrentOptions
+    memory_fraction: float
+    evaluation_batch_size: int
+
+
+class TaskSequence:
+    """Runs stages under one seed: the shared start, and a method's own stages.
+
+    Args:
+        options: model, tasks, training.
+        seed: of initialisation, row order, dropout and memory.
+        start_dir: folder of the stages all methods share.
+        on_moment: told where the sequence is.
+    """
+
+    def __init__(
+        self,
+        options: SequenceOptions,
+        seed: int,
+        start_dir: Path,
+        on_moment: Callable[[Moment], None] = lambda moment: None,
+    ) -> None:
+        self.tasks = [Task(task) for task in options.tasks]
+        self._options = options
+        self._seed = seed
+        self._start_dir = start_dir
+        self._on_moment = on_moment
+
+    def run_start(self) -> None:
+        """Make stages 0 and 1, and the base itself if it is to come from scratch."""
+        self._start_dir.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(self._start_dir)
+        stages = stage_folders(self._start_dir, self.tasks[:1])
+        if not stages[0].exists():
+            self._finish_stage(stages[0], self._load(None), BEFORE)
+        if not stages[1].exists():
+            loaded = self._load(stages[0] / CHECKPOINT)
+            self._train_stage(stages[1], loaded, METHODS["sequential"], 1, [])
+        self._fill_in(stages)
+
+    def run_method(self, method: Method, directory: Path) -> None:
+        """Make the stages of one method, in ``directory``, from the shared start on."""
+        directory.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(directory)
+        if method.at_once:
+            self._run_at_once(method, directory)
+            return
+        stages = method_stages(self._start_dir, directory, self.tasks)
+        loaded: LoadedModel | None = None
+        for number in range(2, len(stages)):
+            if stages[number].exists():
+                continue
+            loaded = loaded or self._load(stages[number - 1] / CHECKPOINT)
+            self._train_stage(stages[number], loaded, method, number, stages[1:number])
+        self._fill_in(stages[2:])
+
+    def _run_at_once(self, method: Method, directory: Path) -> None:
+        folder = at_once_folder(directory, self.tasks)
+        if not folder.exists():
+            loaded = self._load(stage_folders(self._start_dir, [])[0] / CHECKPOINT)
+            rows = [example for task in self.tasks for example in task.train]
+            record = self._train(loaded, ALL_TASKS, rows, [], method, stage=1)
+            self._finish_stage(folder, loaded, ALL_TASKS, record=record)
+
+    def _train_stage(
+        self,
+        folder: Path,
+        loaded: LoadedModel,
+        method: Method,
+        number: int,
+        earlier_stages: Sequence[Path],
+    ) -> None:
+        task = self.tasks[number - 1]
+        memory = [] if method.memory == "unused" else self._remembered(earlier_stages)
+        rows = task.train + (memory if method.memory == "mixed" else [])
+        outer = memory if method.memory == "outer" else []
+        record = self._train(loaded, task.name, rows, outer, method, stage=number)
+        kept = select_memory(
+            task.train, self._options.memory_fraction, seed=self._stage_seed(number)
+        )
+        self._finish_stage(folder, loaded, task.name, record=record, memory=kept)
+
+    def _remembered(self, stages: Sequence[Path]) -> list[Example]:
+        whole = DataOptions(columns={})
+        files = [stage / MEMORY_FILE for stage in stages]
+        return [
+            example
+            for file in files
+            if file.stat().st_size
+            for example in read_examples(str(file), whole)
+        ]
+
+    def _train(
+        self,
+        loaded: LoadedModel,
+        name: str,
+        rows: Sequence[Example],
+        memory: Sequence[Example],
+        method: Method,
+        *,
+        stage: int,
+    ) -> TrainingRecord:
+        def on_progress(progress: Progress) -> None:
+            self._on_moment(
+                Moment(
+                    name,
+                    "training",
+                    progress.step,
+                    progress.num_steps,
+                    progress.num_rounds,
+                    progress.loss,
+                )
+            )
+
+        recurrent = self._options.recurrent
+        return train_task(
+            loaded,
+            rows,
+            memory,
+            self._options.training,
+            replace(recurrent, rule=method.rule) if method.rule else recurrent,
+            seed=self._stage_seed(stage),
+            on_progress=on_progress,
+        )
+
+    def _finish_stage(
+        self,
+        folder: Path,
+        loaded: LoadedModel,
+        name: str,
+        *,
+        record: TrainingRecord | None = None,
+        memory: Sequence[Example] | None = None,
+    ) -> None:
+        with whole_folder(folder) as temporary:
+            loaded.save(temporary / CHECKPOINT)
+            if memory is not None:
+                write_examples(temporary / MEMORY_FILE, memory)
+            for task in self.tasks:
+                self._predict(loaded, task, temporary)
+            write_json(temporary / STAGE_FILE, _stage_details(name, self._seed, record))
+
+    def _fill_in(self, stages: Sequence[Path]) -> None:
+        """Evaluate finished stages on tasks that were added since."""
+        for stage in stages:
+            missing = [t for t in self.tasks if not prediction_path(stage, t.name).exists()]
+            if missing:
+                checkpoint = stage / CHECKPOINT
+                loaded = self._load(checkpoint, labels=saved_labels(checkpoint))
+                for task in missing:
+                    self._predict(loaded, task, stage)
+
+    def _predict(self, loaded: LoadedModel, task: Task, folder: Path) -> None:
+        done = 0
+
+        def on_batch(num_rows: int) -> None:
+            nonlocal done
+            done += num_rows
+            self._on_moment(Moment(task.name, "evaluating", done, len(task.test)))
+
+        predictions = predict(
+            loaded,
+            task.test,
+            task.labels if loaded.options.kind == "classifier" else (),
+            batch_size=self._options.evaluation_batch_size,
+            on_batch=on_batch,
+        )
+        write_predictions(prediction_path(folder, task.name), predictions)
+
+    def _load(self, checkpoint: Path | None, labels: Sequence[str] | None = None) -> LoadedModel:
+        """The model as it starts, or a stage's checkpoint, its head covering all labels."""
+        options = self._options.model
+        if options.reference is None:
+            texts = (e.instruction + e.input for task in self.tasks for e in task.train)
+            base_dir = self._start_dir / "base"
+            options = make_base(options, texts, base_dir, seed=self._seed)
+        if labels is None and options.kind == "classifier":
+            labels = list(dict.fromkeys(label for task in self.tasks for label in task.labels))
+        return load_model(options, labels or [], seed=self._seed, checkpoint=checkpoint)
+
+    def _stage_seed(self, stage: int) -> int:
+        return self._seed * 1000 + stage
+
+
+def stage_folders(directory: Path, tasks: Sequence[Task]) -> list[Path]:
+    """Folders of stages 0 (before) to len(tasks)."""
+    names = [BEFORE, *(task.name for task in tasks)]
+    return [directory / f"{number:02d}-{name}" for number, name in enumerate(names)]
+
+
+def method_stages(start_dir: Path, method_dir: Path, tasks: Sequence[Task]) -> list[Path]:
+    """All stages of a method: the shared start, then its own."""
+    return stage_folders(start_dir, tasks[:1]) + stage_folders(method_dir, tasks)[2:]
+
+
+def at_once_folder(method_dir: Path, tasks: Sequence[Task]) -> Path:
+    """The one stage of a method that trains on all tasks together."""
+    return method_dir / f"{len(tasks):02d}-{ALL_TASKS}"
+
+
+def prediction_path(stage: Path, task_name: str) -> Path:
+    """Where a stage keeps its predictions on a task."""
+    return stage / PREDICTIONS / f"{task_name}.jsonl"
+
+
+def _stage_details(name: str, seed: int, record: TrainingRecord | None) -> dict[str, Any]:
+    details: dict[str, Any] = {"stage": name, "seed": seed}
+    if record is not None:
+        rounds = [done.as_dict() for done in record.rounds]
+        details["training"] = {**asdict(record), "rounds": rounds}
+    return details

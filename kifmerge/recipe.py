@@ -1,0 +1,260 @@
+"""Recipes: YAML to frozen options, all mistakes at once, the nearest key named."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import yaml
+
+from kifmerge.errors import RecipeError, problem_list
+from kifmerge.phases.model import ModelOptions
+from kifmerge.phases.recurrent import PRESETS, RecurrentOptions
+from kifmerge.phases.sequence import MethodName, SequenceOptions, TaskOptions
+from kifmerge.phases.train import TrainingOptions
+
+DEFAULT_PRESET = "kifmerge"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryOptions:
+    """The replay memory: the fraction of each task's training rows that is kept."""
+
+    fraction: float = 0.02
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationOptions:
+    """Evaluation: rows at once."""
+
+    batch_size: int = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """A whole experiment: one model, a sequence of tasks, the methods and seeds to compare.
+
+    Attributes:
+        name: of the experiment, for its report.
+        model: what is trained.
+        tasks: in the order of learning.
+        methods: each run under every seed.
+        seeds: of initialisation, row order and memory.
+        training: optimization of each task.
+        recurrent: the recurrent loop; in YAML a ``preset`` may be named, and options override it.
+        memory: what is kept of finished tasks.
+        evaluation: how predictions are made.
+        data_dir: folder that local sources are relative to; the recipe's own if left out.
+    """
+
+    name: str
+    model: ModelOptions
+    tasks: list[TaskOptions]
+    methods: list[MethodName] = field(default_factory=lambda: ["sequential", "recurrent-kif"])
+    seeds: list[int] = field(default_factory=lambda: [0])
+    training: TrainingOptions = field(default_factory=TrainingOptions)
+    recurrent: RecurrentOptions = PRESETS[DEFAULT_PRESET]
+    memory: MemoryOptions = field(default_factory=MemoryOptions)
+    evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
+    data_dir: str | None = None
+
+    def sequence(self) -> SequenceOptions:
+        """What each method and seed of the recipe is run with."""
+        return SequenceOptions(
+            model=self.model,
+            tasks=self.tasks,
+            training=self.training,
+            recurrent=self.recurrent,
+            memory_fraction=self.memory.fraction,
+            evaluation_batch_size=self.evaluation.batch_size,
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Every option with its value, as plain YAML types."""
+        plain: dict[str, Any] = yaml.safe_load(yaml.safe_dump(_plain(dataclasses.asdict(self))))
+        return plain
+
+
+def load_recipe(path: Path, settings: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        path: YAML file.
+        settings: ``key.key=value`` each, replacing or adding a value; list entries by number.
+
+    Raises:
+        RecipeError: with all mistakes found, and the nearest key for each unknown one.
+    """
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+    except OSError as error:
+        raise RecipeError(f"cannot read the recipe {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path}: expected a mapping of options")
+    content = dict(content)
+    content["data_dir"] = str(path.parent / str(content.get("data_dir") or ""))
+    for setting in settings:
+        _apply(content, setting)
+    return parse_recipe(content, str(path))
+
+
+def parse_recipe(content: Mapping[str, Any], origin: str) -> Recipe:
+    """Check a recipe's content; see :func:`load_recipe`."""
+    content = dict(content)
+    problems = list(_unknown_keys(content, Recipe, extra={"recurrent": {"preset"}}))
+    try:
+        content["recurrent"] = _with_preset(content.get("recurrent"))
+    except ValueError as error:
+        problems.append(str(error))
+        content.pop("recurrent")
+    recipe: Recipe | None = None
+    try:
+        recipe = pydantic.TypeAdapter(Recipe).validate_python(content)
+    except pydantic.ValidationError as error:
+        problems += [_readable(detail) for detail in error.errors()]
+    if recipe is not None:
+        problems += _contradictions(recipe)
+    if problems or recipe is None:
+        raise RecipeError(problem_list(f"the recipe {origin} cannot be used", problems))
+    return dataclasses.replace(
+        recipe,
+        tasks=[_located(task, recipe) for task in recipe.tasks],
+        model=_located_model(recipe.model),
+    )
+
+
+def _with_preset(section: Any) -> dict[str, Any]:
+    section = dict(section) if isinstance(section, Mapping) else {}
+    name = section.pop("preset", DEFAULT_PRESET)
+    if name not in PRESETS:
+        raise ValueError(f"recurrent.preset: {name!r} is none of {', '.join(PRESETS)}")
+    return {**dataclasses.asdict(PRESETS[name]), **section}
+
+
+def _located(task: TaskOptions, recipe: Recipe) -> TaskOptions:
+    def locate(source: str) -> str:
+        is_local = not source.startswith("hf://")
+        return str(Path(recipe.data_dir or "", source).absolute()) if is_local else source
+
+    return dataclasses.replace(task, train=locate(task.train), test=locate(task.test))
+
+
+def _located_model(model: ModelOptions) -> ModelOptions:
+    """Make paths absolute; whatever is no folder is a Hub name."""
+
+    def locate(reference: Any) -> Any:
+        is_folder = isinstance(reference, str) and Path(reference).is_dir()
+        return str(Path(reference).absolute()) if is_folder else reference
+
+    return dataclasses.replace(
+        model, reference=locate(model.reference), tokenizer=locate(model.tokenizer)
+    )
+
+
+def _contradictions(recipe: Recipe) -> Iterator[str]:
+    names = [task.name for task in recipe.tasks]
+    if not names:
+        yield "tasks: expected at least one"
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield f"tasks: two are named {name!r}"
+    for name in names:
+        if not name or name.startswith(".") or "/" in name:
+            yield f"tasks: {name!r} cannot name a folder"
+    if (recipe.model.reference is None) == (recipe.model.config is None):
+        yield "model: expected either reference (a base to load) or config (one from scratch)"
+    if not 0.0 <= recipe.memory.fraction <= 1.0:
+        yield f"memory.fraction: expected 0 to 1, found {recipe.memory.fraction}"
+    for option in ("methods", "seeds"):
+        values = getattr(recipe, option)
+        if not values or len(set(values)) < len(values):
+            yield f"{option}: expected at least one, each once"
+
+
+def _unknown_keys(
+    section: Any, kind: Any, *, extra: Mapping[str, set[str]], place: str = ""
+) -> Iterator[str]:
+    """Walk a section beside the dataclass it becomes; yield what has no field to go to."""
+    options_class = _dataclass_in(kind)
+    if isinstance(section, list):
+        for number, entry in enumerate(section):
+            yield from _unknown_keys(entry, kind, extra=extra, place=f"{place}[{number}]")
+    if options_class is None or not isinstance(section, Mapping):
+        return
+    hints = typing.get_type_hints(options_class)
+    known = set(hints) | extra.get(place, set())
+    for key, value in section.items():
+        full = f"{place}.{key}" if place else str(key)
+        if key in known:
+            yield from _unknown_keys(value, hints.get(key), extra=extra, place=full)
+        else:
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+            hint = (
+                f": did you mean {near[0]}?" if near else f": known are {', '.join(sorted(known))}"
+            )
+            yield f"{full}: unknown key{hint}"
+
+
+def _dataclass_in(kind: Any) -> Any:
+    """The dataclass a type stands for: itself, in a list, or one side of a union."""
+    if dataclasses.is_dataclass(kind):
+        return kind
+    if typing.get_origin(kind) in (list, typing.Union, types.UnionType):
+        found = (_dataclass_in(argument) for argument in typing.get_args(kind))
+        return next((inner for inner in found if inner is not None), None)
+    return None
+
+
+def _readable(detail: Any) -> str:
+    parts = [p for p in detail["loc"] if not (isinstance(p, str) and p[:1].isupper())]
+    place = ".".join(str(part) for part in parts)
+    if detail["type"] in ("missing", "missing_keyword_only_argument"):
+        return f"{place}: missing"
+    message = detail["msg"].removeprefix("Value error, ")
+    found = detail.get("input")
+    shown = f", found {found!r}" if isinstance(found, (str, int, float, type(None))) else ""
+    return f"{place}: {message[0].lower()}{message[1:]}{shown}"
+
+
+def _apply(content: dict[str, Any], setting: str) -> None:
+    """Put ``key.key=value`` into the content; new keys are checked like all others, later."""
+    path, separator, text = setting.partition("=")
+    if not separator:
+        raise RecipeError(f"--set {setting}: expected key=value")
+    *parents, last = path.split(".")
+    place: Any = content
+    try:
+        for key in parents:
+            place = place[int(key)] if isinstance(place, list) else place.setdefault(key, {})
+        place[int(last) if isinstance(place, list) else last] = yaml.safe_load(text)
+    except (ValueError, IndexError, TypeError, AttributeError) as error:
+        raise RecipeError(f"--set {setting}: there is no such place in the recipe") from error
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a key given twice in one mapping, where YAML would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is given twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)

@@ -1,0 +1,303 @@
+"""Running a recipe: the run folder, its lock and manifest, all methods and seeds, the report.
+
+DIR/recipe.yaml          the recipe with every option resolved
+DIR/manifest.json        format, versions
+DIR/start/seed-S/        the stages that all methods share
+DIR/METHOD/seed-S/       the stages of one method (see kifmerge.phases.sequence)
+DIR/report.md, results.json, metrics.csv
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import multiprocessing
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import filelock
+import torch
+import transformers
+import yaml
+
+from kifmerge.checkpoint.atomic import write_json, write_text
+from kifmerge.errors import RunError, problem_list
+from kifmerge.phases.evaluate import read_predictions, score_predictions
+from kifmerge.phases.report import Report, as_csv, as_markdown
+from kifmerge.phases.sequence import (
+    METHODS,
+    STAGE_FILE,
+    Moment,
+    SequenceOptions,
+    Task,
+    TaskSequence,
+    at_once_folder,
+    method_stages,
+    prediction_path,
+)
+from kifmerge.recipe import Recipe, parse_recipe
+from kifmerge.tensor.metrics import Cell
+
+FORMAT = "kifmerge.run"
+VERSION = 1
+START = "start"
+RECIPE_FILE = "recipe.yaml"
+MANIFEST_FILE = "manifest.json"
+LOCK_FILE = ".lock"
+_PACKAGES = ("kifmerge", "torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers")
+
+# A run that is resumed may have been given more of these.
+_EXTENDABLE = ("tasks", "methods", "seeds")
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One method under one seed; the method ``start`` makes what the others share."""
+
+    method: str
+    seed: int
+
+    @property
+    def folder(self) -> Path:
+        """Within the run folder."""
+        return Path(self.method) / f"seed-{self.seed}"
+
+
+OnMoment = Callable[[Trial, Moment], None]
+
+
+def run_recipe(
+    recipe: Recipe,
+    out_dir: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    num_jobs: int = 1,
+    on_moment: OnMoment = lambda trial, moment: None,
+) -> Report:
+    """Run all methods and seeds of a recipe and write the report.
+
+    Args:
+        recipe: what to run.
+        out_dir: the run folder; new or empty, unless ``resume`` or ``overwrite``.
+        resume: go on with an interrupted run, or with a finished one whose recipe was extended by
+            tasks, methods or seeds. Finished stages are kept.
+        overwrite: remove an earlier run in the folder first.
+        num_jobs: trials at once, each in a process of its own with its share of the cores.
+        on_moment: told where each trial is, from the calling process.
+
+    Raises:
+        RunError: the folder is not empty, holds another recipe's run, or is in use.
+        DataError, CheckpointError, TrainingError: see the phases; finished stages stay.
+    """
+    with _run_folder(recipe, out_dir, resume=resume, overwrite=overwrite):
+        options = recipe.sequence()
+        starts = [Trial(START, seed) for seed in recipe.seeds]
+        trials = [Trial(method, seed) for seed in recipe.seeds for method in recipe.methods]
+        for wave in (starts, trials):
+            _run_wave(wave, options, out_dir, num_jobs, on_moment)
+        report = collect_report(out_dir)
+        write_json(out_dir / "results.json", report.as_dict())
+        write_text(out_dir / "metrics.csv", as_csv(report.metric_rows()))
+        write_text(out_dir / "report.md", as_markdown(report))
+    return report
+
+
+def collect_report(run_dir: Path) -> Report:
+    """Compute the report of a run folder from the predictions it keeps.
+
+    Trials without their last stage are left out.
+
+    Raises:
+        RunError: not a run folder.
+    """
+    recipe = _kept_recipe(run_dir)
+    tasks = [Task(task) for task in recipe.tasks]
+    matrices: dict[str, dict[str, dict[int, list[list[Cell]]]]] = {}
+    num_steps: dict[str, int] = {}
+    for method in recipe.methods:
+        for seed in recipe.seeds:
+            stages = _trial_stages(run_dir, Trial(method, seed), tasks)
+            if stages[-1] is None or not (stages[-1] / STAGE_FILE).exists():
+                continue
+            for score, matrix in _matrices(stages, recipe).items():
+                matrices.setdefault(score, {}).setdefault(method, {})[seed] = matrix
+            num_steps.setdefault(method, sum(_num_steps(stage) for stage in stages if stage))
+    return Report(recipe.name, [task.name for task in tasks], matrices, num_steps)
+
+
+def _trial_stages(run_dir: Path, trial: Trial, tasks: Sequence[Task]) -> list[Path | None]:
+    """Folders of stages 0..T; None where the method has no such stage."""
+    folder = run_dir / trial.folder
+    if METHODS[trial.method].at_once:
+        return [None] * len(tasks) + [at_once_folder(folder, tasks)]
+    return list(method_stages(run_dir / Trial(START, trial.seed).folder, folder, tasks))
+
+
+def _matrices(stages: Sequence[Path | None], recipe: Recipe) -> dict[str, list[list[Cell]]]:
+    rows = [
+        [_cell_scores(stage, task.name, task.metric) for task in recipe.tasks] for stage in stages
+    ]
+    names = {name: None for row in rows for scores in row for name in scores}
+    return {name: [[scores.get(name) for scores in row] for row in rows] for name in names}
+
+
+def _cell_scores(stage: Path | None, task_name: str, metric: Any) -> dict[str, float]:
+    path = prediction_path(stage, task_name) if stage is not None else None
+    if path is None or not path.exists():
+        return {}
+    return score_predictions(read_predictions(path), metric)
+
+
+def _num_steps(stage: Path) -> int:
+    training = _read_json(stage / STAGE_FILE).get("training")
+    return training["num_steps"] + training["num_outer_steps"] if training else 0
+
+
+@contextlib.contextmanager
+def _run_folder(recipe: Recipe, out_dir: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
+    """Lock the folder, check that it may be used, and write recipe and manifest into it."""
+    occupied = out_dir.exists() and any(out_dir.iterdir())
+    is_run = (out_dir / MANIFEST_FILE).exists()
+    if occupied and not (resume or overwrite):
+        hint = "--resume goes on with it, --overwrite starts anew" if is_run else "choose another"
+        raise RunError(f"{out_dir} is not empty: {hint}")
+    if occupied and not is_run:
+        raise RunError(f"{out_dir} is not empty and holds no run of ours: choose another folder")
+    out_dir.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(out_dir / LOCK_FILE, timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise RunError(f"{out_dir} is in use by another process") from None
+    try:
+        if overwrite:
+            _empty(out_dir)
+        elif is_run:
+            _check_extension(_kept_recipe(out_dir), recipe, out_dir)
+        write_text(out_dir / RECIPE_FILE, yaml.safe_dump(recipe.as_dict(), sort_keys=False))
+        write_json(out_dir / MANIFEST_FILE, _manifest())
+        yield
+    finally:
+        lock.release()
+
+
+def _empty(out_dir: Path) -> None:
+    for entry in out_dir.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        elif entry.name != LOCK_FILE:
+            entry.unlink()
+
+
+def _manifest() -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in _PACKAGES},
+    }
+
+
+def _kept_recipe(run_dir: Path) -> Recipe:
+    manifest_path, recipe_path = run_dir / MANIFEST_FILE, run_dir / RECIPE_FILE
+    if not manifest_path.exists() or not recipe_path.exists():
+        raise RunError(f"{run_dir} is not a run folder: no {MANIFEST_FILE}")
+    manifest = _read_json(manifest_path)
+    if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
+        raise RunError(
+            f"{manifest_path}: expected format {FORMAT} version {VERSION}, "
+            f"found {manifest.get('format')} version {manifest.get('version')}"
+        )
+    content = yaml.safe_load(recipe_path.read_text(encoding="utf-8"))
+    return parse_recipe({**content, "data_dir": None}, str(recipe_path))
+
+
+def _check_extension(old: Recipe, new: Recipe, out_dir: Path) -> None:
+    """Refuse a resume under a recipe that would have made the finished stages differently."""
+    before, after = old.as_dict(), new.as_dict()
+    problems = [
+        f"{key} was {before[key]!r} and is now {after[key]!r}"
+        for key in before
+        if key not in (*_EXTENDABLE, "data_dir", "name") and before[key] != after[key]
+    ]
+    if after["tasks"][: len(before["tasks"])] != before["tasks"]:
+        problems.append("tasks: finished ones may only be followed by further ones")
+    if problems:
+        raise RunError(problem_list(f"{out_dir} holds a run of another recipe", problems))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def _run_wave(
+    trials: Sequence[Trial],
+    options: SequenceOptions,
+    out_dir: Path,
+    num_jobs: int,
+    on_moment: OnMoment,
+) -> None:
+    """Run trials one after the other here, or several at once in processes of their own."""
+    if num_jobs == 1 or len(trials) == 1:
+        for trial in trials:
+            _run_trial(trial, options, out_dir, functools.partial(on_moment, trial))
+        return
+    num_threads = max(1, (os.cpu_count() or 1) // num_jobs)
+    context = multiprocessing.get_context("spawn")
+    with (
+        context.Manager() as manager,
+        ProcessPoolExecutor(
+            num_jobs, mp_context=context, initializer=torch.set_num_threads, initargs=(num_threads,)
+        ) as pool,
+    ):
+        moments = manager.Queue()
+        pending = {pool.submit(_run_in_worker, t, options, out_dir, moments) for t in trials}
+        try:
+            for _ in trials:
+                _relay_until_one_ends(moments, on_moment)
+        except BaseException:
+            for future in pending:
+                future.cancel()
+            raise
+        for future in pending:
+            future.result()
+
+
+def _relay_until_one_ends(moments: Any, on_moment: OnMoment) -> None:
+    while (item := moments.get()) is not None:
+        on_moment(*item)
+
+
+def _run_in_worker(trial: Trial, options: SequenceOptions, out_dir: Path, moments: Any) -> None:
+    try:
+        _run_trial(trial, options, out_dir, lambda moment: moments.put((trial, moment)))
+    finally:
+        moments.put(None)
+
+
+def _run_trial(
+    trial: Trial, options: SequenceOptions, out_dir: Path, on_moment: Callable[[Moment], None]
+) -> None:
+    _quieten_libraries()
+    start_dir = out_dir / Trial(START, trial.seed).folder
+    sequence = TaskSequence(options, trial.seed, start_dir, on_moment)
+    if trial.method == START:
+        sequence.run_start()
+    else:
+        sequence.run_method(METHODS[trial.method], out_dir / trial.folder)
+
+
+def _quieten_libraries() -> None:
+    """Leave the terminal to our own progress display."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
