@@ -13,7 +13,9 @@ A message says what we were doing, what was found against what was expected, and
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Sequence
+from typing import Any
 
 MOST_PROBLEMS_SHOWN = 10
 
@@ -51,6 +53,18 @@ class TryAgainError(KifmergeError):
     """Nothing is wrong with the request: the same command may work later."""
 
     exit_code = 4
+
+
+def check_choices(options: Any) -> None:
+    """Refuse, for a dataclass of options, a Literal field that holds none of its values.
+
+    Raises:
+        ValueError: naming the field, what was found and what it may be.
+    """
+    for name, hint in typing.get_type_hints(type(options)).items():
+        value, choices = getattr(options, name), typing.get_args(hint)
+        if typing.get_origin(hint) is typing.Literal and value not in choices:
+            raise ValueError(f"{name}: {value!r} is none of {', '.join(map(str, choices))}")
 
 
 def problem_list(heading: str, problems: Sequence[str]) -> str:

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors
+
 from kifmerge.errors import RunError, TryAgainError
 
 _TEMPORARY_PREFIX = ".unfinished-"
@@ -26,20 +28,12 @@ def whole_file(path: Path) -> Iterator[Path]:
     Raises:
         TryAgainError: the disk is full.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=_TEMPORARY_PREFIX)
-    os.close(handle)
-    temporary = Path(name)
-    with _full_disk_named(path):
-        try:
-            yield temporary
-            _flush(temporary)
-            temporary.chmod(0o666 & ~_umask())
-            temporary.replace(path)
-            _flush(path.parent)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+    with _unfinished_folder(path) as folder:
+        temporary = folder / path.name
+        yield temporary
+        _flush(temporary)
+        temporary.replace(path)
+        _flush(path.parent)
 
 
 @contextlib.contextmanager
@@ -52,28 +46,20 @@ def whole_folder(path: Path) -> Iterator[Path]:
     """
     if path.exists():
         raise RunError(f"{path} exists already: it will not be overwritten")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=_TEMPORARY_PREFIX))
-    temporary.chmod(0o777 & ~_umask())
-    with _full_disk_named(path):
-        try:
-            yield temporary
-            for inner in [*temporary.rglob("*"), temporary]:
-                _flush(inner)
-            temporary.rename(path)
-            _flush(path.parent)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+    with _unfinished_folder(path) as folder:
+        temporary = folder / path.name
+        temporary.mkdir()
+        yield temporary
+        for inner in [*temporary.rglob("*"), temporary]:
+            _flush(inner)
+        temporary.rename(path)
+        _flush(path.parent)
 
 
 def remove_unfinished(directory: Path) -> None:
     """Remove what a killed process left under temporary names directly in ``directory``."""
     for leftover in directory.glob(f"{_TEMPORARY_PREFIX}*"):
-        if leftover.is_dir():
-            shutil.rmtree(leftover)
-        else:
-            leftover.unlink()
+        shutil.rmtree(leftover)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -88,15 +74,29 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def _full_disk_named(path: Path) -> Iterator[None]:
+def _unfinished_folder(path: Path) -> Iterator[Path]:
+    """A hidden folder beside ``path``, removed with all that is left in it, whatever happens.
+
+    A folder even for one file: libraries that write it may put temporary files of their own beside.
+    """
+    folder: Path | None = None
     try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise TryAgainError(
-                f"disk full while writing {path}: nothing was kept of it"
-            ) from error
-        raise
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=_TEMPORARY_PREFIX))
+        yield folder
+    except (OSError, safetensors.SafetensorError) as error:
+        if not _is_full_disk(error):
+            raise
+        raise TryAgainError(f"disk full while writing {path}: nothing was kept of it") from error
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_full_disk(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return f"os error {errno.ENOSPC}" in str(error) or f"os error {errno.EDQUOT}" in str(error)
 
 
 def _flush(path: Path) -> None:
@@ -105,9 +105,3 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

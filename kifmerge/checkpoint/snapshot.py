@@ -42,6 +42,10 @@ class Snapshot:
     details: Mapping[str, Any]
     names: tuple[str, ...]
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors as they are kept, at once: for what fits in memory."""
+        return safetensors.torch.load_file(self.directory / TENSOR_FILE)
+
     def scores(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, score), by the score kind that the snapshot's options recorded."""
         options = self.details.get("options") or {}
@@ -70,7 +74,8 @@ def write_snapshot(
     contiguous = {key: value.detach().contiguous() for key, value in tensors.items()}
     with whole_file(directory / TENSOR_FILE) as temporary:
         safetensors.torch.save_file(contiguous, temporary, metadata={"format": "pt"})
-    write_json(directory / DETAIL_FILE, {"format": FORMAT, "version": VERSION, **details})
+    header = {"format": FORMAT, "version": VERSION}
+    write_json(directory / DETAIL_FILE, {**header, **details, **header})
 
 
 def read_snapshot(directory: Path) -> Snapshot:
@@ -86,8 +91,10 @@ def read_snapshot(directory: Path) -> Snapshot:
         raise CheckpointError(
             f"{directory} holds no importance snapshot: no {DETAIL_FILE}"
         ) from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise CheckpointError(f"{detail_path}: not JSON ({error})") from error
+    if not isinstance(details, dict):
+        raise CheckpointError(f"{detail_path}: expected a JSON object")
     if details.get("format") != FORMAT or details.get("version") != VERSION:
         raise CheckpointError(
             f"{detail_path}: expected format {FORMAT} version {VERSION}, "

@@ -15,10 +15,17 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.core_model_loading import revert_weight_conversion
 
-from kifmerge.checkpoint.snapshot import write_snapshot
-from kifmerge.errors import TrainingError
+from kifmerge.checkpoint.snapshot import read_snapshot, write_snapshot
+from kifmerge.errors import CheckpointError, TrainingError
 from kifmerge.tensor.importance import ImportanceAccumulator, ImportanceOptions, all_finite
 
 SNAPSHOT_FOLDER = "importance"
@@ -58,6 +65,28 @@ class ImportanceCallback(TrainerCallback):
         refuse_without_gradients(args)
         self._parameters = trained_parameters(kwargs["model"])
         self.accumulator = ImportanceAccumulator(self._parameters, self.options)
+        if state.global_step > 0:
+            self._resume(checkpoint_dir(args, state) / SNAPSHOT_FOLDER, kwargs["model"])
+
+    def _resume(self, directory: Path, model: nn.Module) -> None:
+        """Go on from the snapshot of the checkpoint that the Trainer resumes from."""
+        assert self.accumulator is not None
+        names = checkpoint_names(model)
+        try:
+            kept = read_snapshot(directory)
+            tensors = kept.tensors()
+            state = {
+                f"{kind}/{name}": tensors[f"{kind}/{names[name]}"]
+                for kind in ("sensitivity", "uncertainty")
+                for name in names
+            }
+        except (CheckpointError, KeyError) as error:
+            raise CheckpointError(
+                f"cannot go on with the importance of the steps before: {directory} holds no "
+                f"snapshot of this model ({error})"
+            ) from error
+        self.accumulator.load_state_dict(state, num_steps=kept.details["steps"])
+        self.accumulator.num_skipped = kept.details["skipped_steps"]
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -80,15 +109,14 @@ class ImportanceCallback(TrainerCallback):
             require_gradients(gradients)
         taken = self.accumulator.update(list(self._parameters.values()), gradients)
         if not taken and self.nonfinite == "raise":
-            raise nonfinite_error(self._parameters, step)
+            raise nonfinite_error(self._parameters, f"optimizer step {step + 1}")
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Write the snapshot into the checkpoint just saved."""
         if state.is_world_process_zero:
-            folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-            self.write(folder / SNAPSHOT_FOLDER, kwargs["model"])
+            self.write(checkpoint_dir(args, state) / SNAPSHOT_FOLDER, kwargs["model"])
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -110,11 +138,12 @@ def write_accumulator(
     details: Mapping[str, Any],
 ) -> None:
     """Write an accumulator as a snapshot under the names of the checkpoint's own files."""
-    names = checkpoint_names(model)
-    tensors: dict[str, Tensor] = {}
-    for key, value in accumulator.state_dict().items():
-        kind, _, name = key.partition("/")
-        tensors[f"{kind}/{names[name]}"] = value
+    kinds = {"sensitivity": accumulator.sensitivity, "uncertainty": accumulator.uncertainty}
+    tensors = {
+        f"{kind}/{name}": value
+        for kind, values in kinds.items()
+        for name, value in as_in_checkpoint(model, values).items()
+    }
     write_snapshot(
         directory,
         tensors,
@@ -144,9 +173,10 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def checkpoint_names(model: nn.Module) -> dict[str, str]:
-    """Parameter name -> its name in the files that ``save_pretrained`` writes.
+    """Parameter name -> its name in the files that ``save_pretrained`` writes, one to one.
 
-    The two differ for PEFT adapters, whose files leave out the adapter's name.
+    The two differ for PEFT adapters, whose files leave out the adapter's name. For families that
+    are saved in other pieces see :func:`as_in_checkpoint`.
     """
     parameters = trained_parameters(model)
     if not hasattr(model, "peft_config"):
@@ -161,6 +191,25 @@ def checkpoint_names(model: nn.Module) -> dict[str, str]:
         name: saved.get((parameter.data_ptr(), parameter.numel()), name)
         for name, parameter in parameters.items()
     }
+
+
+def as_in_checkpoint(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Values per parameter under the names, and in the pieces, of the checkpoint's own files.
+
+    Some families are saved otherwise than they live in memory: stacked experts one by one.
+    """
+    if hasattr(model, "peft_config"):
+        names = checkpoint_names(model)
+        return {names[name]: value for name, value in values.items()}
+    if not isinstance(model, PreTrainedModel):
+        return dict(values)
+    saved: dict[str, Tensor] = revert_weight_conversion(model, dict(values))
+    return saved
+
+
+def checkpoint_dir(args: TrainingArguments, state: TrainerState) -> Path:
+    """Where the Trainer keeps the checkpoint of this step."""
+    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
 
 
 def require_gradients(gradients: list[Tensor | None]) -> None:
@@ -184,12 +233,14 @@ def refuse_without_gradients(args: TrainingArguments) -> None:
         )
 
 
-def nonfinite_error(parameters: Mapping[str, nn.Parameter], step: int) -> TrainingError:
+def nonfinite_error(parameters: Mapping[str, nn.Parameter], step: str) -> TrainingError:
     """The error for a step with non-finite gradients, naming the first parameters concerned."""
     bad = [n for n, p in parameters.items() if p.grad is not None and not all_finite([p.grad])]
     shown = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
+    if len(bad) == len(parameters):
+        shown = "every parameter (clipping spreads a NaN from one to all)"
     return TrainingError(
-        f"the gradient of optimizer step {step + 1} is not finite, in {shown}. "
+        f"the gradient of {step} is not finite, in {shown}. "
         "Lower the learning rate, or let such steps be left out with nonfinite: skip"
     )
 

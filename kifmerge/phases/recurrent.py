@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from kifmerge.errors import check_choices
 from kifmerge.tensor.fusion import (
     DEFAULT_SHARED_WEIGHTS,
     Redundant,
@@ -31,7 +32,7 @@ from kifmerge.tensor.importance import (
     Sensitivity,
     Weights,
 )
-from kifmerge.tensor.selection import Scope, importance_threshold
+from kifmerge.tensor.selection import Scope, Threshold, importance_threshold, mask_above
 
 Rule = Literal["recurrent-kif", "recurrent-kif-adaptive", "average", "none"]
 Role = Literal["new", "historical"]
@@ -95,9 +96,13 @@ class RecurrentOptions:
     nonfinite: Literal["skip", "raise"] = "skip"
 
     def __post_init__(self) -> None:
-        """Refuse numbers out of range."""
-        if self.inner_steps < 1 or self.outer_steps < 1:
-            raise ValueError("inner_steps and outer_steps must be at least 1")
+        """Refuse choices that do not exist and numbers out of range."""
+        check_choices(self)
+        for name in ("inner_steps", "outer_steps", "outer_batch_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
+        if len(self.shared_weights) != 2:
+            raise ValueError(f"shared_weights must be two numbers, found {self.shared_weights}")
         if not 0.0 <= self.important_fraction <= 1.0:
             raise ValueError(
                 f"important_fraction must lie in [0, 1], found {self.important_fraction}"
@@ -208,7 +213,9 @@ class RecurrentRounds:
             fuse_one = fuse_one or self._adaptive_or_average()
             for name, parameter in self._parameters.items():
                 base, inner = self._base[name], self._inner[name]
-                fused = fuse_one(name, base, inner - base, parameter - inner)
+                new_vector = inner.float() - base.float()
+                historical_vector = parameter.float() - inner.float()
+                fused = fuse_one(name, base, new_vector, historical_vector)
                 parameter.copy_(fused)
                 base.copy_(fused)
             self._inner = {}
@@ -321,21 +328,23 @@ def select_important(
     role: Role,
 ) -> Selected:
     """Mark the important parameters of one side; warns when there are none."""
+    thresholds: dict[str, Threshold]
     if scope == "global":
-        chosen = importance_threshold(_Scores(accumulator), important_fraction)
-        thresholds = dict.fromkeys(accumulator.sensitivity, chosen)
+        common = importance_threshold(_Scores(accumulator), important_fraction)
+        thresholds = dict.fromkeys(accumulator.sensitivity, common)
     else:
         thresholds = {
             name: importance_threshold([scores], important_fraction)
             for name, scores in accumulator.scores()
+            if scores.numel()
         }
     if important_fraction > 0 and all(t.is_degenerate for t in thresholds.values()):
         warnings.warn(
             f"the {role} importance scores are all equal: nothing is found important",
             stacklevel=2,
         )
-    masks = {name: scores > thresholds[name].value for name, scores in accumulator.scores()}
-    return Selected(masks, chosen.value if scope == "global" else None)
+    masks = {name: mask_above(scores, thresholds[name]) for name, scores in accumulator.scores()}
+    return Selected(masks, common.value if scope == "global" else None)
 
 
 def overlap_shares(

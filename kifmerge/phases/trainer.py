@@ -12,10 +12,12 @@ measured is always fused; at the last step they follow the tail.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
+import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -101,7 +103,7 @@ class RecurrentMixin:
     ) -> None:
         super().__init__(*args, **kwargs)
         self.recurrent = recurrent or RecurrentOptions()
-        self.memory = memory if isinstance(memory, Sized) and len(memory) else None
+        self.memory = _indexable(memory)
         self.rounds: list[Round] = []
         self.num_nonfinite_steps = 0
         self.loop: _Loop | None = None
@@ -197,7 +199,7 @@ class _Loop:
         self.resume_from: Path | None = None
         self._trainer = trainer
         self._owner = owner
-        self._batches = memory_batches or self._random_batches()
+        self._batches = self._random_batches() if memory_batches is None else memory_batches
         self._num_outer_steps = 0
         self._step_is_good = True
         self._parameters: dict[str, nn.Parameter] = {}
@@ -227,7 +229,8 @@ class _Loop:
         trainer = self._trainer
         self._parameters = trained_parameters(trainer.accelerator.unwrap_model(trainer.model))
         self._rounds = RecurrentRounds(self._parameters, self.options)
-        self.inner_steps, self.is_settled = 0, True
+        self.inner_steps, self.is_settled, self._num_outer_steps = 0, True, 0
+        self._owner.rounds.clear()
         if self.options.outer_optimizer == "separate":
             self._outer_optimizer = self._separate_optimizer()
         if self.resume_from is not None:
@@ -250,7 +253,12 @@ class _Loop:
             # With a gradient scaler an overflow is part of its search for a scale.
             scaled = self._trainer.accelerator.scaler is not None
             if self.options.nonfinite == "raise" and not scaled:
-                raise nonfinite_error(self._parameters, self._trainer.state.global_step)
+                step = (
+                    f"optimizer step {self._trainer.state.global_step + 1}"
+                    if role == "new"
+                    else f"outer step {self._num_outer_steps + 1}"
+                )
+                raise nonfinite_error(self._parameters, step)
             self._owner.num_nonfinite_steps += 1
             drop_gradients(self._parameters)
         elif self.options.weights == "before":
@@ -287,7 +295,7 @@ class _Loop:
     def _outer_step(self) -> Tensor:
         trainer = self._trainer
         loss = self._backward(self._next_batch())
-        trainer._clip_grad_norm(trainer.model_wrapped)
+        self._clip()
         self.before_step("historical")
         if self._outer_optimizer is None:
             assert trainer.optimizer is not None
@@ -299,10 +307,24 @@ class _Loop:
         self._num_outer_steps += 1
         return loss
 
+    def _clip(self) -> None:
+        """Clip as the Trainer does; without a maximum, only undo a gradient scaler's scale."""
+        trainer = self._trainer
+        if trainer.args.max_grad_norm > 0:
+            trainer._clip_grad_norm(trainer.model_wrapped)
+        else:
+            trainer._get_grad_norm(trainer.model_wrapped)
+
     def _next_batch(self) -> Any:
         trainer = self._trainer
         collate = trainer._get_collator_with_removed_columns(trainer.data_collator, "memory")
-        rows = self._batches[self._num_outer_steps]
+        try:
+            rows = self._batches[self._num_outer_steps]
+        except IndexError:
+            raise TrainingError(
+                f"memory_batches holds {self._num_outer_steps} batches: "
+                f"outer step {self._num_outer_steps + 1} needs another"
+            ) from None
         return collate([self._memory[row] for row in rows])
 
     def _backward(self, batch: Any) -> Tensor:
@@ -340,17 +362,24 @@ class _Loop:
             **self.rounds.counters(),
             "num_outer_steps": self._num_outer_steps,
             "num_nonfinite_steps": self._owner.num_nonfinite_steps,
+            "options": self._recorded_options(),
         }
         write_json(directory / STATE_COUNTERS, counters)
+
+    def _recorded_options(self) -> Any:
+        """The options as JSON gives them back."""
+        return json.loads(json.dumps(asdict(self.options)))
 
     def _load(self, directory: Path) -> None:
         try:
             tensors = safetensors.torch.load_file(directory / STATE_TENSORS)
             counters = json.loads((directory / STATE_COUNTERS).read_text(encoding="utf-8"))
+            if counters["options"] != self._recorded_options():
+                raise ValueError("it was saved under other recurrent options")
             optimizer = {k: v for k, v in tensors.items() if k.startswith(_OPTIMIZER_PREFIX)}
             others = {k: v for k, v in tensors.items() if k not in optimizer}
             self.rounds.load_state(others, counters)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
             raise CheckpointError(
                 f"{directory} does not hold this run's recurrent state ({error}): "
                 "resume from a checkpoint that the recurrent loop saved, or start over"
@@ -381,6 +410,18 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, T
         number, _, key = name.removeprefix(_OPTIMIZER_PREFIX).partition("/")
         state.setdefault(int(number), {})[key] = value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def _indexable(memory: Any) -> Memory | None:
+    """The memory, or None if there is none or nothing in it."""
+    if memory is None:
+        return None
+    if not (hasattr(memory, "__len__") and hasattr(memory, "__getitem__")):
+        raise TrainingError(
+            f"memory must have a length and numbered rows, found {type(memory).__name__}: "
+            "pass a list or a map-style dataset"
+        )
+    return cast(Memory, memory) if len(memory) else None
 
 
 def _as_trainer(mixin: RecurrentMixin) -> Trainer:

@@ -16,12 +16,15 @@ References:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from kifmerge.errors import check_choices
 
 Sensitivity = Literal["first", "second", "mixed"]
 Score = Literal["product", "sensitivity"]
@@ -50,7 +53,8 @@ class ImportanceOptions:
     betas: tuple[float, float] = (0.85, 0.85)
 
     def __post_init__(self) -> None:
-        """Refuse smoothing factors that are not factors."""
+        """Refuse choices that do not exist and smoothing factors that are none."""
+        check_choices(self)
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise ValueError(f"betas must lie in [0, 1), found {self.betas}")
 
@@ -147,17 +151,18 @@ class ImportanceAccumulator:
 
 
 def all_finite(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether every element of every tensor is finite, at the price of one device synchronisation.
+    """Whether every element of every tensor is finite; waits for each device once.
 
     >>> all_finite([torch.ones(2), None]), all_finite([torch.tensor([1.0, float("nan")])])
     (True, False)
     """
-    present = [tensor for tensor in tensors if tensor is not None]
-    if not present:
-        return True
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor is not None and tensor.numel():
+            by_device.setdefault(tensor.device, []).append(tensor.detach())
     # A largest absolute value cannot overflow, unlike a sum of squares, and it carries NaN along.
-    norms = torch._foreach_norm(present, float("inf"))
-    return bool(torch.stack([norm.float() for norm in norms]).isfinite().all())
+    norms = (torch._foreach_norm(group, math.inf) for group in by_device.values())
+    return all(bool(torch.stack([n.float() for n in found]).isfinite().all()) for found in norms)
 
 
 def _zeros_float32(parameter: Tensor) -> Tensor:

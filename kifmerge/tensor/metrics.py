@@ -20,7 +20,7 @@ DEFINITIONS = {
     "op": "overall performance: mean over tasks j of a[T][j]",
     "bwt": "backward transfer: mean over tasks j < T of a[T][j] - a[j][j]",
     "fwt": "forward transfer: mean over tasks j > 1 of a[j-1][j]",
-    "forgetting": "mean over tasks j < T of max over i of a[i][j], minus a[T][j]",
+    "forgetting": "mean over tasks j < T of max over measured i of a[i][j], minus a[T][j]",
     "learning_accuracy": "mean over tasks j of a[j][j]; low values make BWT look good",
 }
 
@@ -64,7 +64,7 @@ def continual_metrics(matrix: Matrix) -> ContinualMetrics:
         op=_mean(last),
         bwt=_mean(_difference(last[j], diagonal[j]) for j in earlier),
         fwt=_mean(matrix[j][j] for j in range(1, num_tasks)),
-        forgetting=_mean(_difference(_maximum(columns[j]), last[j]) for j in earlier),
+        forgetting=_mean(_difference(_best(columns[j], j), last[j]) for j in earlier),
         learning_accuracy=_mean(diagonal),
     )
 
@@ -81,7 +81,8 @@ def _difference(left: Cell, right: Cell) -> Cell:
     return None if left is None or right is None else left - right
 
 
-def _maximum(cells: Iterable[Cell]) -> Cell:
-    values = list(cells)
-    present = [value for value in values if value is not None]
-    return max(present) if len(present) == len(values) else None
+def _best(column: Sequence[Cell], task: int) -> Cell:
+    """Highest score of a task; only rows before it was learned may be missing."""
+    if any(cell is None for cell in column[task + 1 :]):
+        return None
+    return max(cell for cell in column if cell is not None)

@@ -99,6 +99,15 @@ def importance_threshold(
     return Threshold(_value(bucket, low_bits), num_scores, num_above)
 
 
+def mask_above(scores: Tensor, threshold: Threshold) -> Tensor:
+    """Bool mask of the scores that exceed the threshold, compared in float32 whatever their dtype.
+
+    >>> mask_above(torch.tensor([1.0, 2.0, 3.0]), Threshold(2.0, 3, 1))
+    tensor([False, False,  True])
+    """
+    return scores.float() > threshold.value
+
+
 def kth_smallest(scores: Iterable[Tensor], rank: int) -> float:
     """The rank-th smallest of all values, 1 for the smallest; -0.0 and 0.0 are one value.
 
