@@ -1,1 +1,83 @@
-"""Continual learning without forgetting: importance-guided fusion of checkpoints."""
+"""Continual learning without forgetting: importance-guided fusion of checkpoints.
+
+Public names are loaded when first used, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kifmerge.checkpoint.snapshot import Snapshot, read_snapshot
+    from kifmerge.errors import KifmergeError
+    from kifmerge.phases.importance import ImportanceCallback
+    from kifmerge.phases.memory import select_memory
+    from kifmerge.phases.recurrent import PRESETS, RecurrentOptions, Round
+    from kifmerge.phases.trainer import RecurrentMixin, RecurrentTrainer
+    from kifmerge.recipe import Recipe, load_recipe
+    from kifmerge.run import collect_report, run_recipe
+    from kifmerge.tensor.fusion import recurrent_kif, recurrent_kif_adaptive
+    from kifmerge.tensor.importance import ImportanceAccumulator, ImportanceOptions
+    from kifmerge.tensor.metrics import continual_metrics
+    from kifmerge.tensor.selection import Threshold, importance_threshold, kth_smallest
+
+_HOMES = {
+    "ImportanceAccumulator": "tensor.importance",
+    "ImportanceCallback": "phases.importance",
+    "ImportanceOptions": "tensor.importance",
+    "KifmergeError": "errors",
+    "PRESETS": "phases.recurrent",
+    "Recipe": "recipe",
+    "RecurrentMixin": "phases.trainer",
+    "RecurrentOptions": "phases.recurrent",
+    "RecurrentTrainer": "phases.trainer",
+    "Round": "phases.recurrent",
+    "Snapshot": "checkpoint.snapshot",
+    "Threshold": "tensor.selection",
+    "collect_report": "run",
+    "continual_metrics": "tensor.metrics",
+    "importance_threshold": "tensor.selection",
+    "kth_smallest": "tensor.selection",
+    "load_recipe": "recipe",
+    "read_snapshot": "checkpoint.snapshot",
+    "recurrent_kif": "tensor.fusion",
+    "recurrent_kif_adaptive": "tensor.fusion",
+    "run_recipe": "run",
+    "select_memory": "phases.memory",
+}
+
+__all__ = [
+    "PRESETS",
+    "ImportanceAccumulator",
+    "ImportanceCallback",
+    "ImportanceOptions",
+    "KifmergeError",
+    "Recipe",
+    "RecurrentMixin",
+    "RecurrentOptions",
+    "RecurrentTrainer",
+    "Round",
+    "Snapshot",
+    "Threshold",
+    "collect_report",
+    "continual_metrics",
+    "importance_threshold",
+    "kth_smallest",
+    "load_recipe",
+    "read_snapshot",
+    "recurrent_kif",
+    "recurrent_kif_adaptive",
+    "run_recipe",
+    "select_memory",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

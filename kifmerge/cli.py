@@ -83,8 +83,8 @@ def demo(
     with ProgressDisplay(quiet=quiet) as display:
         report = run_demo(out, seed=seed, on_moment=display.on_moment)
         if out is not None:
-            display.say(f"kept in {out}: run it again with kifmerge run {out}/recipe.yaml")
-    _print_report(report, json_output=json_output)
+            display.say(f"kept in {out}: look around, or change {out}/recipe.yaml and run it")
+    _print_report(report, json_output=json_output, overview=True)
 
 
 @app.command()
@@ -138,14 +138,14 @@ def report(
     _print_report(collect_report(run_dir), json_output=json_output)
 
 
-def _print_report(found: Report, *, json_output: bool) -> None:
+def _print_report(found: Report, *, json_output: bool, overview: bool = False) -> None:
     if json_output:
         typer.echo(json.dumps(found.as_dict(), indent=2))
         return
     from kifmerge.display import print_tables
-    from kifmerge.phases.report import report_tables
+    from kifmerge.phases.report import overview_table, report_tables
 
-    print_tables(report_tables(found))
+    print_tables([overview_table(found)] if overview else report_tables(found))
 
 
 def _print_mapping(content: dict[str, Any], *, json_output: bool) -> None:

@@ -28,9 +28,10 @@ import torch
 import transformers
 import yaml
 
-from kifmerge.checkpoint.atomic import write_json, write_text
+from kifmerge.checkpoint.atomic import whole_file, write_json, write_text
 from kifmerge.errors import RunError, problem_list
 from kifmerge.phases.evaluate import read_predictions, score_predictions
+from kifmerge.phases.plot import can_draw, draw_report
 from kifmerge.phases.report import Report, as_csv, as_markdown
 from kifmerge.phases.sequence import (
     METHODS,
@@ -108,6 +109,9 @@ def run_recipe(
         write_json(out_dir / "results.json", report.as_dict())
         write_text(out_dir / "metrics.csv", as_csv(report.metric_rows()))
         write_text(out_dir / "report.md", as_markdown(report))
+        if can_draw():
+            with whole_file(out_dir / "report.png") as temporary:
+                draw_report(report, temporary)
     return report
 
 

@@ -182,6 +182,25 @@ def report_tables(report: Report) -> list[Table]:
     return tables
 
 
+def overview_table(report: Report) -> Table:
+    """One table that shows forgetting at a glance: metrics and final scores side by side."""
+    summaries = {method: report.summary("score", method) for method in report.matrices["score"]}
+    return Table(
+        "After the last task, in %: overall performance (OP), backward transfer (BWT), each task",
+        ["method", "OP", "BWT", *report.task_names, "steps"],
+        [
+            [
+                method,
+                _percent(summary["op"]),
+                _percent(summary["bwt"]),
+                *(_percent(cell) for cell in summary["final"].values()),
+                str(report.num_steps.get(method, "-")),
+            ]
+            for method, summary in summaries.items()
+        ],
+    )
+
+
 def _difference_table(differences: Mapping[str, Mapping[int, float]]) -> Table:
     return Table(
         f"OP of {REFERENCE_METHOD} minus OP of, in points, seed by seed",
@@ -207,4 +226,6 @@ def as_markdown(report: Report) -> str:
 def _percent(value: Mapping[str, float] | None) -> str:
     if value is None:
         return "-"
+    if value["deviation"] == 0.0:
+        return f"{100 * value['mean']:.1f}"
     return f"{100 * value['mean']:.1f} ± {100 * value['deviation']:.1f}"

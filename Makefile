@@ -1,0 +1,35 @@
+# make test        everything CI runs: format, lint, types, all tests
+# make test-fast   the tests that take no more than a few seconds each
+PYTHON ?= .venv/bin/python
+
+.PHONY: setup demo test test-fast lint format bench
+
+setup: .venv/ready
+
+.venv/ready: pyproject.toml constraints.txt
+	python3 -m venv .venv
+	$(PYTHON) -m pip install --quiet --upgrade pip
+	$(PYTHON) -m pip install --quiet --constraint constraints.txt torch
+	$(PYTHON) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: setup
+	.venv/bin/kifmerge demo
+
+test: setup lint
+	$(PYTHON) -m pytest
+
+test-fast: setup
+	$(PYTHON) -m pytest -m 'not slow'
+
+lint: setup
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy
+
+format: setup
+	$(PYTHON) -m ruff format .
+	$(PYTHON) -m ruff check --fix .
+
+bench: setup
+	$(PYTHON) tests/bench/training_cost.py
