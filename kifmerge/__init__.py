@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from kifmerge.errors import KifmergeError
     from kifmerge.phases.importance import ImportanceCallback
     from kifmerge.phases.memory import select_memory
-    from kifmerge.phases.recurrent import PRESETS, RecurrentOptions, Round
+    from kifmerge.phases.presets import PRESETS, RecurrentOptions
+    from kifmerge.phases.recurrent import Round
     from kifmerge.phases.trainer import RecurrentMixin, RecurrentTrainer
     from kifmerge.recipe import Recipe, load_recipe
     from kifmerge.run import collect_report, run_recipe
@@ -27,10 +28,10 @@ _HOMES = {
     "ImportanceCallback": "phases.importance",
     "ImportanceOptions": "tensor.importance",
     "KifmergeError": "errors",
-    "PRESETS": "phases.recurrent",
+    "PRESETS": "phases.presets",
     "Recipe": "recipe",
     "RecurrentMixin": "phases.trainer",
-    "RecurrentOptions": "phases.recurrent",
+    "RecurrentOptions": "phases.presets",
     "RecurrentTrainer": "phases.trainer",
     "Round": "phases.recurrent",
     "Snapshot": "checkpoint.snapshot",

@@ -16,7 +16,7 @@ import yaml
 
 from kifmerge.errors import RecipeError, problem_list
 from kifmerge.phases.model import ModelOptions
-from kifmerge.phases.recurrent import PRESETS, RecurrentOptions
+from kifmerge.phases.presets import PRESETS, RecurrentOptions
 from kifmerge.phases.sequence import MethodName, SequenceOptions, TaskOptions
 from kifmerge.phases.train import TrainingOptions
 

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kifmerge.errors import check_choices
+from kifmerge.phases.presets import RecurrentOptions, Role
 from kifmerge.tensor.fusion import (
-    DEFAULT_SHARED_WEIGHTS,
-    Redundant,
     add_vectors,
     normalise,
     recurrent_kif,
@@ -26,119 +24,15 @@ from kifmerge.tensor.fusion import (
     score_bounds,
 )
 from kifmerge.tensor.importance import (
+    ACCELERATOR_GROUP_NUMEL,
+    CPU_GROUP_NUMEL,
     ImportanceAccumulator,
-    ImportanceOptions,
-    Score,
-    Sensitivity,
-    Weights,
 )
 from kifmerge.tensor.selection import Scope, Threshold, importance_threshold, mask_above
 
-Rule = Literal["recurrent-kif", "recurrent-kif-adaptive", "average", "none"]
-Role = Literal["new", "historical"]
+GroupRule = Callable[[list[str], Tensor, Tensor, Tensor], Tensor]
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RecurrentOptions:
-    """Everything in which variants of the recurrent loop differ.
-
-    Attributes:
-        rule: how a round is fused: by importance masks (``recurrent-kif``), by softmax weights
-            (``recurrent-kif-adaptive``), half and half (``average``), or not at all (``none``:
-            the same inner and outer steps, kept as they are).
-        inner_steps: Q, optimizer steps on the new task per round.
-        outer_steps: M, optimizer steps on memory per round.
-        outer_batch_size: memory rows per outer step; None takes the inner step's whole batch.
-        important_fraction: f, the share of parameters found important on each side.
-        scope: one threshold over the whole model (``global``) or one per ``tensor``.
-        shared_weights: weights of new and historical where both are important.
-        redundant: ``average`` or ``drop`` what neither side finds important.
-        temperature: of the softmax in ``recurrent-kif-adaptive``.
-        sensitivity: see :class:`kifmerge.tensor.importance.ImportanceOptions`, as are the next two.
-        score: S*U or S alone.
-        weights: w after or before the step.
-        new_betas: smoothing on the new task.
-        historical_betas: smoothing on memory.
-        new_scores: whether the new side's accumulators are ``emptied`` or ``kept`` over rounds.
-        historical_scores: likewise for the historical side.
-        outer_optimizer: ``shared``: the Trainer's own makes the outer steps too; ``separate``: a
-            second one of the same class, at ``outer_learning_rate``, constant.
-        outer_learning_rate: of the separate outer optimizer.
-        outer_loss: ``whole``, or ``divided`` by the accumulation count as the release does.
-        accumulated_loss: ``trainer`` leaves the weighting of micro-batches to the Trainer,
-            ``micro-batch`` averages their mean losses, as the release does.
-        tail: last steps that fill no round: ``fuse`` them like a round or ``keep`` them unfused.
-        nonfinite: a step with a NaN or infinite gradient is left out whole (``skip``), or ends
-            the training (``raise``).
-    """
-
-    rule: Rule = "recurrent-kif"
-    inner_steps: int = 8
-    outer_steps: int = 4
-    outer_batch_size: int | None = None
-    important_fraction: float = 0.2
-    scope: Scope = "global"
-    shared_weights: tuple[float, float] = DEFAULT_SHARED_WEIGHTS
-    redundant: Redundant = "average"
-    temperature: float = 0.25
-    sensitivity: Sensitivity = "first"
-    score: Score = "product"
-    weights: Weights = "after"
-    new_betas: tuple[float, float] = (0.85, 0.85)
-    historical_betas: tuple[float, float] = (0.85, 0.85)
-    new_scores: Literal["emptied", "kept"] = "emptied"
-    historical_scores: Literal["emptied", "kept"] = "kept"
-    outer_optimizer: Literal["shared", "separate"] = "shared"
-    outer_learning_rate: float = 1e-3
-    outer_loss: Literal["whole", "divided"] = "whole"
-    accumulated_loss: Literal["trainer", "micro-batch"] = "trainer"
-    tail: Literal["fuse", "keep"] = "fuse"
-    nonfinite: Literal["skip", "raise"] = "skip"
-
-    def __post_init__(self) -> None:
-        """Refuse choices that do not exist and numbers out of range."""
-        check_choices(self)
-        for name in ("inner_steps", "outer_steps", "outer_batch_size"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
-        if len(self.shared_weights) != 2:
-            raise ValueError(f"shared_weights must be two numbers, found {self.shared_weights}")
-        if not 0.0 <= self.important_fraction <= 1.0:
-            raise ValueError(
-                f"important_fraction must lie in [0, 1], found {self.important_fraction}"
-            )
-        if self.temperature <= 0.0:
-            raise ValueError(f"temperature must be positive, found {self.temperature}")
-        self.importance("new"), self.importance("historical")
-
-    def importance(self, role: Role) -> ImportanceOptions:
-        """The options of one side's accumulator."""
-        return ImportanceOptions(
-            sensitivity=self.sensitivity,
-            score=self.score,
-            weights=self.weights,
-            betas=self.new_betas if role == "new" else self.historical_betas,
-        )
-
-
-_RELEASED = RecurrentOptions(outer_loss="divided", accumulated_loss="micro-batch", tail="keep")
-
-PRESETS: Mapping[str, RecurrentOptions] = {
-    # The default: the released method with the outer loss whole and the tail fused.
-    "kifmerge": RecurrentOptions(),
-    # What the authors' code computes; the golden traces hold it to that.
-    "released": _RELEASED,
-    # A reconstruction from notes on the paper, unverified: pure masks, a real outer optimizer.
-    "paper": replace(
-        _RELEASED,
-        new_betas=(0.55, 0.55),
-        historical_betas=(0.55, 0.55),
-        shared_weights=(1.0, 1.0),
-        redundant="drop",
-        outer_optimizer="separate",
-        outer_loss="whole",
-    ),
-}
+_ROLES: tuple[Role, Role] = ("new", "historical")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,7 +78,7 @@ class RecurrentRounds:
         self.num_rounds = 0
         self.accumulators: dict[Role, ImportanceAccumulator] = {}
         if options.rule in ("recurrent-kif", "recurrent-kif-adaptive"):
-            for role in ("new", "historical"):
+            for role in _ROLES:
                 self.accumulators[role] = ImportanceAccumulator(
                     parameters, options.importance(role)
                 )
@@ -209,15 +103,19 @@ class RecurrentRounds:
         """Replace the live parameters by theta_{b+1} and begin the next round from there."""
         details: dict[str, float | None] = {}
         if self._fuses:
-            fuse_one = self._masked(details) if self.options.rule == "recurrent-kif" else None
-            fuse_one = fuse_one or self._adaptive_or_average()
-            for name, parameter in self._parameters.items():
-                base, inner = self._base[name], self._inner[name]
+            fuse_group = self._rule(details)
+            for names in self._groups():
+                parameters = {name: self._parameters[name] for name in names}
+                live, base, inner = (
+                    _flat(values, names) for values in (parameters, self._base, self._inner)
+                )
                 new_vector = inner.float() - base.float()
-                historical_vector = parameter.float() - inner.float()
-                fused = fuse_one(name, base, new_vector, historical_vector)
-                parameter.copy_(fused)
-                base.copy_(fused)
+                historical_vector = live.float() - inner.float()
+                fused = fuse_group(names, base, new_vector, historical_vector)
+                sizes = [parameter.numel() for parameter in parameters.values()]
+                for name, part in zip(names, fused.split(sizes), strict=True):
+                    parameters[name].copy_(part.view_as(parameters[name]))
+                    self._base[name].copy_(parameters[name])
             self._inner = {}
         self.num_rounds += 1
         self._empty_scores()
@@ -238,46 +136,67 @@ class RecurrentRounds:
             if fate == "emptied":
                 accumulator.reset()
 
-    def _adaptive_or_average(self) -> Callable[[str, Tensor, Tensor, Tensor], Tensor]:
+    def _groups(self) -> Iterator[list[str]]:
+        """Names of parameters small enough to be fused in one go, of one dtype and device.
+
+        Fusion works element by element: many small tensors cost as many calls as one.
+        """
+        group: list[str] = []
+        kind, numel = None, 0
+        for name, parameter in self._parameters.items():
+            limit = CPU_GROUP_NUMEL if parameter.device.type == "cpu" else ACCELERATOR_GROUP_NUMEL
+            full = numel + parameter.numel() > limit
+            if group and (full or kind != (parameter.dtype, parameter.device)):
+                yield group
+                group, numel = [], 0
+            group.append(name)
+            kind, numel = (parameter.dtype, parameter.device), numel + parameter.numel()
+        if group:
+            yield group
+
+    def _rule(self, details: dict[str, float | None]) -> GroupRule:
+        """The rule as a function of a group's names, flat base and flat task vectors."""
         if self.options.rule == "average":
             return lambda _, base, new, historical: add_vectors(base, new, historical, 0.5, 0.5)
+        if self.options.rule == "recurrent-kif":
+            return self._masked_rule(details)
+        return self._adaptive_rule()
+
+    def _adaptive_rule(self) -> GroupRule:
         scores = {role: dict(self.accumulators[role].scores()) for role in self.accumulators}
         bounds = {role: score_bounds(scores[role].values()) for role in scores}
 
-        def fuse_one(name: str, base: Tensor, new: Tensor, historical: Tensor) -> Tensor:
+        def fuse_group(names: list[str], base: Tensor, new: Tensor, historical: Tensor) -> Tensor:
             new_score, historical_score = (
-                normalise(scores[role][name], bounds[role]) for role in ("new", "historical")
+                normalise(_flat(scores[role], names), bounds[role]) for role in _ROLES
             )
             return recurrent_kif_adaptive(
                 base, new, historical, new_score, historical_score,
                 temperature=self.options.temperature,
             )  # fmt: skip
 
-        return fuse_one
+        return fuse_group
 
-    def _masked(
-        self, details: dict[str, float | None]
-    ) -> Callable[[str, Tensor, Tensor, Tensor], Tensor]:
-        masks = {
-            role: select_important(
-                accumulator, self.options.important_fraction, self.options.scope, role
+    def _masked_rule(self, details: dict[str, float | None]) -> GroupRule:
+        new, historical = (
+            select_important(
+                self.accumulators[role], self.options.important_fraction, self.options.scope, role
             )
-            for role, accumulator in self.accumulators.items()
-        }
-        new_masks, historical_masks = masks["new"].masks, masks["historical"].masks
+            for role in _ROLES
+        )
         details.update(
-            new_threshold=masks["new"].threshold,
-            historical_threshold=masks["historical"].threshold,
-            **overlap_shares(new_masks, historical_masks),
+            new_threshold=new.threshold,
+            historical_threshold=historical.threshold,
+            **overlap_shares(new.masks, historical.masks),
         )
 
-        def fuse_one(name: str, base: Tensor, new: Tensor, historical: Tensor) -> Tensor:
+        def fuse_group(names: list[str], base: Tensor, inner: Tensor, outer: Tensor) -> Tensor:
             return recurrent_kif(
-                base, new, historical, new_masks[name], historical_masks[name],
+                base, inner, outer, _flat(new.masks, names), _flat(historical.masks, names),
                 shared_weights=self.options.shared_weights, redundant=self.options.redundant,
             )  # fmt: skip
 
-        return fuse_one
+        return fuse_group
 
     def state_dict(self) -> dict[str, Tensor]:
         """Both accumulators as ``ROLE/sensitivity/NAME``...; valid between two rounds only.
@@ -351,18 +270,20 @@ def overlap_shares(
     new_masks: Mapping[str, Tensor], historical_masks: Mapping[str, Tensor]
 ) -> dict[str, float]:
     """Shares of parameters important to both sides, one only, or neither."""
-    counts: Sequence[Tensor] = [
-        torch.stack([(new & old).sum(), (new & ~old).sum(), (~new & old).sum()])
-        for new, old in ((new_masks[name], historical_masks[name]) for name in new_masks)
-    ]
-    total = sum(mask.numel() for mask in new_masks.values())
-    both, new_only, historical_only = (torch.stack(list(counts)).sum(0).double() / total).tolist()
+    new, historical = (_flat(masks, list(new_masks)) for masks in (new_masks, historical_masks))
+    counts = torch.stack([(new & historical).sum(), new.sum(), historical.sum()])
+    both, either_new, either_historical = (counts.double() / new.numel()).tolist()
+    new_only, historical_only = either_new - both, either_historical - both
     return {
         "both": both,
         "new_only": new_only,
         "historical_only": historical_only,
         "neither": 1.0 - both - new_only - historical_only,
     }
+
+
+def _flat(values: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
+    return torch.cat([values[name].detach().reshape(-1) for name in names])
 
 
 class _Scores:

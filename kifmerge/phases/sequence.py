@@ -24,7 +24,7 @@ from kifmerge.phases.data import DataOptions, Example, labels_met, read_examples
 from kifmerge.phases.evaluate import Metric, predict, write_predictions
 from kifmerge.phases.memory import select_memory
 from kifmerge.phases.model import LoadedModel, ModelOptions, load_model, saved_labels
-from kifmerge.phases.recurrent import RecurrentOptions, Rule
+from kifmerge.phases.presets import RecurrentOptions, Rule
 from kifmerge.phases.scratch import make_base
 from kifmerge.phases.train import Progress, TrainingOptions, TrainingRecord, train_task
 

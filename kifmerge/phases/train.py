@@ -18,7 +18,8 @@ from transformers import (
 from kifmerge.phases.data import Example
 from kifmerge.phases.encode import collator, training_features
 from kifmerge.phases.model import LoadedModel
-from kifmerge.phases.recurrent import RecurrentOptions, Round
+from kifmerge.phases.presets import RecurrentOptions
+from kifmerge.phases.recurrent import Round
 from kifmerge.phases.trainer import RecurrentTrainer
 
 

@@ -11,16 +11,10 @@ measured is always fused; at the last step they follow the tail.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
-import safetensors
-import safetensors.torch
-import torch
-from torch import Tensor, nn
 from transformers import (
     Trainer,
     TrainerCallback,
@@ -29,52 +23,11 @@ from transformers import (
     TrainingArguments,
 )
 
-from kifmerge.checkpoint.atomic import whole_file, write_json
-from kifmerge.errors import CheckpointError, TrainingError
-from kifmerge.phases.importance import (
-    drop_gradients,
-    nonfinite_error,
-    refuse_without_gradients,
-    require_gradients,
-    trained_parameters,
-)
-from kifmerge.phases.recurrent import RecurrentOptions, RecurrentRounds, Role, Round
-from kifmerge.tensor.importance import all_finite
-
-STATE_TENSORS = "recurrent.safetensors"
-STATE_COUNTERS = "recurrent.json"
-
-
-class Memory(Protocol):
-    """Rows of earlier tasks, prepared like the training rows: anything indexable with a length."""
-
-    def __len__(self) -> int:
-        """Number of rows."""
-        ...
-
-    def __getitem__(self, index: int) -> Any:
-        """One row, as the data collator takes it."""
-        ...
-
-
-class MemoryBatches:
-    """Row numbers of each outer step's batch: drawn afresh, without replacement within a batch.
-
-    A batch depends on the seed and the number of the outer step alone, so that a resumed run and
-    every process draw the same.
-    """
-
-    def __init__(self, num_rows: int, batch_size: int, seed: int) -> None:
-        self._num_rows = num_rows
-        self._batch_size = batch_size
-        self._seed = seed
-
-    def __getitem__(self, outer_step: int) -> list[int]:
-        """Row numbers of the given outer step, counted from 0 over the whole training."""
-        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + outer_step)
-        order = torch.randperm(self._num_rows, generator=generator)
-        chosen: list[int] = order[: self._batch_size].tolist()
-        return chosen
+from kifmerge.errors import TrainingError
+from kifmerge.phases.importance import refuse_without_gradients
+from kifmerge.phases.loop import Memory, MemoryBatches, RecurrentLoop
+from kifmerge.phases.presets import RecurrentOptions
+from kifmerge.phases.recurrent import Round
 
 
 class RecurrentMixin:
@@ -84,10 +37,6 @@ class RecurrentMixin:
         memory: rows of earlier tasks. None or empty makes this plain training: the first task.
         recurrent: options of the loop; the default preset if left out.
         memory_batches: row numbers per outer step; drawn at random with ``args.seed`` if left out.
-
-    Attributes:
-        rounds: what each round did.
-        num_nonfinite_steps: inner and outer steps left out because a gradient was not finite.
 
     Raises:
         TrainingError: an engine or optimizer that leaves no gradients (DeepSpeed, LOMO, layerwise).
@@ -104,16 +53,24 @@ class RecurrentMixin:
         super().__init__(*args, **kwargs)
         self.recurrent = recurrent or RecurrentOptions()
         self.memory = _indexable(memory)
-        self.rounds: list[Round] = []
-        self.num_nonfinite_steps = 0
-        self.loop: _Loop | None = None
+        self.loop: RecurrentLoop | None = None
         trainer = _as_trainer(self)
         refuse_without_gradients(trainer.args)
         if self.recurrent.accumulated_loss == "micro-batch":
             trainer.model_accepts_loss_kwargs = False
         if self.memory is not None:
-            self.loop = _Loop(trainer, self, memory_batches)
+            self.loop = RecurrentLoop(trainer, self.memory, self.recurrent, memory_batches)
             trainer.add_callback(_RecurrentCallback(self.loop))
+
+    @property
+    def rounds(self) -> list[Round]:
+        """What each round did; empty for plain training."""
+        return self.loop.done if self.loop is not None else []
+
+    @property
+    def num_nonfinite_steps(self) -> int:
+        """Inner and outer steps left out because a gradient was not finite."""
+        return self.loop.num_nonfinite_steps if self.loop is not None else 0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as the Trainer does, with the latest round's figures beside the training loss."""
@@ -136,7 +93,7 @@ class RecurrentMixin:
 class _RecurrentCallback(TrainerCallback):
     """Passes the Trainer's events on to the loop."""
 
-    def __init__(self, loop: _Loop) -> None:
+    def __init__(self, loop: RecurrentLoop) -> None:
         self._loop = loop
         self._postponed: set[str] = set()
 
@@ -182,234 +139,6 @@ class _RecurrentCallback(TrainerCallback):
             elif wish in self._postponed:
                 self._postponed.discard(wish)
                 setattr(control, wish, True)
-
-
-class _Loop:
-    """Drives the rounds with the Trainer's own training step, clipping and optimizer."""
-
-    def __init__(
-        self,
-        trainer: Trainer,
-        owner: RecurrentMixin,
-        memory_batches: Sequence[list[int]] | MemoryBatches | None,
-    ) -> None:
-        self.options = owner.recurrent
-        self.inner_steps = 0
-        self.is_settled = True
-        self.resume_from: Path | None = None
-        self._trainer = trainer
-        self._owner = owner
-        self._batches = self._random_batches() if memory_batches is None else memory_batches
-        self._num_outer_steps = 0
-        self._step_is_good = True
-        self._parameters: dict[str, nn.Parameter] = {}
-        self._rounds: RecurrentRounds | None = None
-        self._outer_optimizer: torch.optim.Optimizer | None = None
-
-    def _random_batches(self) -> MemoryBatches:
-        args = self._trainer.args
-        batch_size = self.options.outer_batch_size or (
-            args.per_device_train_batch_size * args.gradient_accumulation_steps
-        )
-        return MemoryBatches(len(self._memory), batch_size, args.seed)
-
-    @property
-    def _memory(self) -> Memory:
-        assert self._owner.memory is not None
-        return self._owner.memory
-
-    @property
-    def rounds(self) -> RecurrentRounds:
-        """The rounds; there are some once training has begun."""
-        assert self._rounds is not None
-        return self._rounds
-
-    def begin(self) -> None:
-        """Take theta_b from the model, which is on its device now, or go on from a checkpoint."""
-        trainer = self._trainer
-        self._parameters = trained_parameters(trainer.accelerator.unwrap_model(trainer.model))
-        self._rounds = RecurrentRounds(self._parameters, self.options)
-        self.inner_steps, self.is_settled, self._num_outer_steps = 0, True, 0
-        self._owner.rounds.clear()
-        if self.options.outer_optimizer == "separate":
-            self._outer_optimizer = self._separate_optimizer()
-        if self.resume_from is not None:
-            self._load(self.resume_from)
-
-    def _separate_optimizer(self) -> torch.optim.Optimizer:
-        args = self._trainer.args
-        optimizer_class, settings = Trainer.get_optimizer_cls_and_kwargs(args)
-        settings["lr"] = self.options.outer_learning_rate
-        optimizer: torch.optim.Optimizer = optimizer_class(self._parameters.values(), **settings)
-        return optimizer
-
-    def before_step(self, role: Role) -> None:
-        """Check the clipped gradients; a step with a non-finite one is left out altogether."""
-        gradients = [parameter.grad for parameter in self._parameters.values()]
-        if self._num_outer_steps == 0:
-            require_gradients(gradients)
-        self._step_is_good = all_finite(gradients)
-        if not self._step_is_good:
-            # With a gradient scaler an overflow is part of its search for a scale.
-            scaled = self._trainer.accelerator.scaler is not None
-            if self.options.nonfinite == "raise" and not scaled:
-                step = (
-                    f"optimizer step {self._trainer.state.global_step + 1}"
-                    if role == "new"
-                    else f"outer step {self._num_outer_steps + 1}"
-                )
-                raise nonfinite_error(self._parameters, step)
-            self._owner.num_nonfinite_steps += 1
-            drop_gradients(self._parameters)
-        elif self.options.weights == "before":
-            self.rounds.observe(role)
-
-    def after_step(self, role: Role) -> None:
-        """Observe the stepped weights with the gradient that moved them."""
-        if self._step_is_good and self.options.weights == "after":
-            self.rounds.observe(role)
-
-    def count_inner_step(self) -> None:
-        """One inner step is over: until the round ends the weights are not fused."""
-        self.inner_steps += 1
-        self.is_settled = False
-
-    def finish_tail(self) -> None:
-        """Treat the last steps, which fill no round, as the options say."""
-        if self.inner_steps and self.options.tail == "fuse":
-            self.finish_round()
-        self.is_settled = True
-
-    def finish_round(self) -> None:
-        """Make the outer steps on memory and fuse."""
-        self.rounds.begin_outer()
-        losses = [self._outer_step() for _ in range(self.options.outer_steps)]
-        done = self.rounds.fuse(
-            inner_steps=self.inner_steps,
-            outer_steps=len(losses),
-            outer_loss=float(torch.stack(losses).mean()),
-        )
-        self._owner.rounds.append(done)
-        self.inner_steps, self.is_settled = 0, True
-
-    def _outer_step(self) -> Tensor:
-        trainer = self._trainer
-        loss = self._backward(self._next_batch())
-        self._clip()
-        self.before_step("historical")
-        if self._outer_optimizer is None:
-            assert trainer.optimizer is not None
-            trainer.optimizer.step()
-        else:
-            self._step_separately(self._outer_optimizer)
-        self.after_step("historical")
-        trainer.model_wrapped.zero_grad()
-        self._num_outer_steps += 1
-        return loss
-
-    def _clip(self) -> None:
-        """Clip as the Trainer does; without a maximum, only undo a gradient scaler's scale."""
-        trainer = self._trainer
-        if trainer.args.max_grad_norm > 0:
-            trainer._clip_grad_norm(trainer.model_wrapped)
-        else:
-            trainer._get_grad_norm(trainer.model_wrapped)
-
-    def _next_batch(self) -> Any:
-        trainer = self._trainer
-        collate = trainer._get_collator_with_removed_columns(trainer.data_collator, "memory")
-        try:
-            rows = self._batches[self._num_outer_steps]
-        except IndexError:
-            raise TrainingError(
-                f"memory_batches holds {self._num_outer_steps} batches: "
-                f"outer step {self._num_outer_steps + 1} needs another"
-            ) from None
-        return collate([self._memory[row] for row in rows])
-
-    def _backward(self, batch: Any) -> Tensor:
-        """Forward and backward of one memory batch, with the loss weighted as the options say."""
-        trainer = self._trainer
-        accumulation = trainer.args.gradient_accumulation_steps
-        divisor = accumulation if self.options.outer_loss == "divided" else 1
-        num_items = trainer._get_num_items_in_batch([batch], trainer.args.device)
-        inner_divisor = trainer.current_gradient_accumulation_steps
-        trainer.current_gradient_accumulation_steps = divisor
-        try:
-            loss = trainer.training_step(
-                trainer.model_wrapped, batch, None if num_items is None else num_items * divisor
-            )
-        finally:
-            trainer.current_gradient_accumulation_steps = inner_divisor
-        return loss.detach() * divisor
-
-    def _step_separately(self, optimizer: torch.optim.Optimizer) -> None:
-        """Step the separate optimizer on gradients that clipping has already unscaled."""
-        if self._step_is_good:
-            optimizer.step()
-        scaler = self._trainer.accelerator.scaler
-        if scaler is not None:
-            scaler.update()
-
-    def save(self, directory: Path) -> None:
-        """Write accumulators, counters and the separate optimizer beside the Trainer's state."""
-        tensors = self.rounds.state_dict()
-        with whole_file(directory / STATE_TENSORS) as temporary:
-            safetensors.torch.save_file(
-                {**tensors, **_optimizer_tensors(self._outer_optimizer)}, temporary
-            )
-        counters = {
-            **self.rounds.counters(),
-            "num_outer_steps": self._num_outer_steps,
-            "num_nonfinite_steps": self._owner.num_nonfinite_steps,
-            "options": self._recorded_options(),
-        }
-        write_json(directory / STATE_COUNTERS, counters)
-
-    def _recorded_options(self) -> Any:
-        """The options as JSON gives them back."""
-        return json.loads(json.dumps(asdict(self.options)))
-
-    def _load(self, directory: Path) -> None:
-        try:
-            tensors = safetensors.torch.load_file(directory / STATE_TENSORS)
-            counters = json.loads((directory / STATE_COUNTERS).read_text(encoding="utf-8"))
-            if counters["options"] != self._recorded_options():
-                raise ValueError("it was saved under other recurrent options")
-            optimizer = {k: v for k, v in tensors.items() if k.startswith(_OPTIMIZER_PREFIX)}
-            others = {k: v for k, v in tensors.items() if k not in optimizer}
-            self.rounds.load_state(others, counters)
-        except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
-            raise CheckpointError(
-                f"{directory} does not hold this run's recurrent state ({error}): "
-                "resume from a checkpoint that the recurrent loop saved, or start over"
-            ) from error
-        self._num_outer_steps = counters["num_outer_steps"]
-        self._owner.num_nonfinite_steps = counters["num_nonfinite_steps"]
-        if self._outer_optimizer is not None:
-            _restore_optimizer(self._outer_optimizer, optimizer)
-
-
-_OPTIMIZER_PREFIX = "outer_optimizer/"
-
-
-def _optimizer_tensors(optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
-    """State of an optimizer as ``outer_optimizer/PARAMETER_NUMBER/KEY``."""
-    if optimizer is None:
-        return {}
-    return {
-        f"{_OPTIMIZER_PREFIX}{number}/{key}": torch.as_tensor(value)
-        for number, state in optimizer.state_dict()["state"].items()
-        for key, value in state.items()
-    }
-
-
-def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        number, _, key = name.removeprefix(_OPTIMIZER_PREFIX).partition("/")
-        state.setdefault(int(number), {})[key] = value
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
 def _indexable(memory: Any) -> Memory | None:

@@ -25,6 +25,7 @@ Scope = Literal["global", "tensor"]
 CountReduction = Callable[[Tensor], Tensor]
 
 CHUNK_NUMEL = 1 << 20
+ACCELERATOR_CHUNK_NUMEL = 1 << 25
 _NUM_BUCKETS = 1 << 16
 _SUPPORTED = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -89,7 +90,7 @@ def importance_threshold(
     >>> importance_threshold([torch.arange(6.0), torch.arange(6.0, 11.0)], 0.2)
     Threshold(value=8.0, num_scores=11, num_above=2)
     """
-    upper = _count(scores, _upper_counts, reduce_counts)
+    upper = _checked_upper_counts(scores, reduce_counts)
     num_scores = int(upper.sum())
     rank = threshold_rank(num_scores, important_fraction)
     bucket, rank_in_bucket = _locate(upper, rank)
@@ -117,7 +118,7 @@ def kth_smallest(scores: Iterable[Tensor], rank: int) -> float:
     Raises:
         ValueError: rank outside 1..n, or NaN among the values.
     """
-    upper = _count(scores, _upper_counts, None)
+    upper = _checked_upper_counts(scores, None)
     num_values = int(upper.sum())
     if not 1 <= rank <= num_values:
         raise ValueError(f"rank must lie in 1..{num_values}, found {rank}")
@@ -131,21 +132,34 @@ def _count(
     counts_of: Callable[[Tensor], Tensor],
     reduce_counts: CountReduction | None,
 ) -> Tensor:
+    """Add up the counts of all chunks, where the chunks are, and bring the sum to the CPU."""
     if isinstance(tensors, Iterator):
         raise TypeError("scores are read twice: pass a list or a re-iterable, not an iterator")
-    total = torch.zeros(_NUM_BUCKETS, dtype=torch.int64)
-    for tensor in tensors:
-        for chunk in _chunks(tensor):
-            total += counts_of(chunk)
+    total: Tensor | None = None
+    for chunk in _chunks(tensors):
+        counts = counts_of(chunk)
+        total = counts if total is None else total.to(counts.device).add_(counts)
+    if total is None:
+        total = torch.zeros(_NUM_BUCKETS + 1, dtype=torch.int64)
+    total = total.cpu()
     return total if reduce_counts is None else reduce_counts(total)
 
 
-def _chunks(tensor: Tensor) -> Iterator[Tensor]:
-    if tensor.dtype not in _SUPPORTED:
-        raise TypeError(f"scores must be float32, bfloat16 or float16, found {tensor.dtype}")
-    flat = tensor.detach().reshape(-1)
-    for start in range(0, flat.numel(), CHUNK_NUMEL):
-        yield flat[start : start + CHUNK_NUMEL]
+def _chunks(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Cut large tensors and pack small ones into flat chunks of about the same size."""
+    packed: list[Tensor] = []
+    for tensor in tensors:
+        if tensor.dtype not in _SUPPORTED:
+            raise TypeError(f"scores must be float32, bfloat16 or float16, found {tensor.dtype}")
+        limit = CHUNK_NUMEL if tensor.device.type == "cpu" else ACCELERATOR_CHUNK_NUMEL
+        for piece in tensor.detach().reshape(-1).split(limit):
+            full = sum(earlier.numel() for earlier in packed) + piece.numel() > limit
+            if packed and (full or packed[0].device != piece.device):
+                yield torch.cat(packed) if len(packed) > 1 else packed[0]
+                packed = []
+            packed.append(piece)
+    if packed:
+        yield torch.cat(packed) if len(packed) > 1 else packed[0]
 
 
 def _ordered_bits(chunk: Tensor) -> Tensor:
@@ -155,16 +169,24 @@ def _ordered_bits(chunk: Tensor) -> Tensor:
 
 
 def _upper_counts(chunk: Tensor) -> Tensor:
-    if bool(chunk.isnan().any()):
-        raise ValueError("NaN among the scores")
+    """Counts per bucket, and behind them the number of NaN."""
     upper = (_ordered_bits(chunk) >> 16) + (_NUM_BUCKETS // 2)
-    return torch.bincount(upper, minlength=_NUM_BUCKETS).cpu()
+    counts = torch.bincount(upper, minlength=_NUM_BUCKETS + 1)
+    counts[_NUM_BUCKETS] = chunk.isnan().sum()
+    return counts
+
+
+def _checked_upper_counts(scores: Iterable[Tensor], reduce_counts: CountReduction | None) -> Tensor:
+    counts = _count(scores, _upper_counts, reduce_counts)
+    if int(counts[_NUM_BUCKETS]):
+        raise ValueError("NaN among the scores")
+    return counts[:_NUM_BUCKETS]
 
 
 def _lower_counts(chunk: Tensor, bucket: int) -> Tensor:
     keys = _ordered_bits(chunk)
     in_bucket = keys[(keys >> 16) == bucket - _NUM_BUCKETS // 2]
-    return torch.bincount(in_bucket & 0xFFFF, minlength=_NUM_BUCKETS).cpu()
+    return torch.bincount(in_bucket & 0xFFFF, minlength=_NUM_BUCKETS)
 
 
 def _locate(counts: Tensor, rank: int) -> tuple[int, int]:

@@ -11,8 +11,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from kifmerge.phases import trainer as trainer_module
-from kifmerge.phases.recurrent import PRESETS, RecurrentRounds, select_important
+from kifmerge.phases import loop as loop_module
+from kifmerge.phases.presets import PRESETS
+from kifmerge.phases.recurrent import RecurrentRounds, select_important
 from kifmerge.phases.trainer import RecurrentTrainer
 from kifmerge.tensor.fusion import recurrent_kif
 from kifmerge.tensor.importance import score
@@ -100,7 +101,7 @@ def replay(trace, tmp_path_factory):
         ),
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer_module, "RecurrentRounds", RecordingRounds)
+        patch.setattr(loop_module, "RecurrentRounds", RecordingRounds)
         trainer.train()
     made.final = tiny.trained(model)
     made.num_rounds = len(trainer.rounds)

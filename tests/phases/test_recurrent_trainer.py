@@ -11,8 +11,10 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallba
 
 from kifmerge.errors import CheckpointError, TrainingError
 from kifmerge.phases.importance import refuse_without_gradients, require_gradients
-from kifmerge.phases.recurrent import PRESETS, RecurrentOptions, RecurrentRounds
-from kifmerge.phases.trainer import MemoryBatches, RecurrentMixin
+from kifmerge.phases.loop import MemoryBatches
+from kifmerge.phases.presets import PRESETS, RecurrentOptions
+from kifmerge.phases.recurrent import RecurrentRounds
+from kifmerge.phases.trainer import RecurrentMixin
 
 SHORT = RecurrentOptions(inner_steps=2, outer_steps=1)
 MEMORY = tiny.rows(8, seed=1)
