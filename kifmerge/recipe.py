@@ -82,7 +82,7 @@ class Recipe:
         return plain
 
 
-def load_recipe(path: Path, settings: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: Path | str, settings: Sequence[str] = ()) -> Recipe:
     """Read and check a recipe.
 
     Args:
@@ -92,6 +92,7 @@ def load_recipe(path: Path, settings: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: with all mistakes found, and the nearest key for each unknown one.
     """
+    path = Path(path)
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
     except OSError as error:

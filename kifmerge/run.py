@@ -77,7 +77,7 @@ OnMoment = Callable[[Trial, Moment], None]
 
 def run_recipe(
     recipe: Recipe,
-    out_dir: Path,
+    out_dir: Path | str,
     *,
     resume: bool = False,
     overwrite: bool = False,
@@ -99,6 +99,7 @@ def run_recipe(
         RunError: the folder is not empty, holds another recipe's run, or is in use.
         DataError, CheckpointError, TrainingError: see the phases; finished stages stay.
     """
+    out_dir = Path(out_dir)
     with _run_folder(recipe, out_dir, resume=resume, overwrite=overwrite):
         options = recipe.sequence()
         starts = [Trial(START, seed) for seed in recipe.seeds]
@@ -115,7 +116,7 @@ def run_recipe(
     return report
 
 
-def collect_report(run_dir: Path) -> Report:
+def collect_report(run_dir: Path | str) -> Report:
     """Compute the report of a run folder from the predictions it keeps.
 
     Trials without their last stage are left out.
@@ -123,6 +124,7 @@ def collect_report(run_dir: Path) -> Report:
     Raises:
         RunError: not a run folder.
     """
+    run_dir = Path(run_dir)
     recipe = _kept_recipe(run_dir)
     tasks = [Task(task) for task in recipe.tasks]
     matrices: dict[str, dict[str, dict[int, list[list[Cell]]]]] = {}

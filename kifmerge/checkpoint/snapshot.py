@@ -78,12 +78,13 @@ def write_snapshot(
     write_json(directory / DETAIL_FILE, {**header, **details, **header})
 
 
-def read_snapshot(directory: Path) -> Snapshot:
+def read_snapshot(directory: Path | str) -> Snapshot:
     """Open a snapshot, reading its JSON and its header only.
 
     Raises:
         CheckpointError: no snapshot there, one of a newer version, or a damaged file.
     """
+    directory = Path(directory)
     detail_path = directory / DETAIL_FILE
     try:
         details = json.loads(detail_path.read_text(encoding="utf-8"))

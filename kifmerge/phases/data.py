@@ -80,12 +80,9 @@ def read_examples(source: str, options: DataOptions) -> list[Example]:
             label outside the declared ones.
         TryAgainError: the Hub could not be reached.
     """
-    located = list(_located_rows(source))
+    located = _located_rows(source, options.num_rows)
     if not located:
         raise DataError(f"{source} is empty: expected at least one row")
-    if options.num_rows is not None and options.num_rows < len(located):
-        chosen = random.Random(0).sample(range(len(located)), options.num_rows)
-        located = [located[index] for index in sorted(chosen)]
     examples, problems = [], []
     for place, row in located:
         try:
@@ -116,21 +113,25 @@ def labels_met(examples: Iterable[Example]) -> list[str]:
     return list(dict.fromkeys(example.output for example in examples))
 
 
-def _located_rows(source: str) -> Iterator[tuple[str, Row]]:
-    """Yield (place, row); the place is FILE:LINE, or the source and the row's number."""
+def _located_rows(source: str, num_rows: int | None) -> list[tuple[str, Row]]:
+    """The chosen (place, row) pairs; the place is FILE:LINE, or the source and the row's number."""
     if source.startswith("hf://"):
-        yield from _table_rows(source, **_hub_arguments(source))
-        return
+        return list(_table_rows(source, num_rows, **_hub_arguments(source)))
     path = Path(source)
     if not path.is_file():
         raise DataError(f"{source}: no such file")
     if path.suffix in (".csv", ".parquet"):
         kind = path.suffix[1:]
-        yield from _table_rows(source, path=kind, data_files=str(path), split="train")
-    elif path.suffix == ".json":
-        yield from _json_rows(path)
-    else:
-        yield from _jsonl_rows(path)
+        return list(_table_rows(source, num_rows, path=kind, data_files=str(path), split="train"))
+    located = list(_json_rows(path) if path.suffix == ".json" else _jsonl_rows(path))
+    return [located[index] for index in _sample(len(located), num_rows)]
+
+
+def _sample(num_available: int, num_rows: int | None) -> Sequence[int]:
+    """Ascending row numbers of the fixed random sample, or all."""
+    if num_rows is None or num_rows >= num_available:
+        return range(num_available)
+    return sorted(random.Random(0).sample(range(num_available), num_rows))
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, Row]]:
@@ -181,7 +182,7 @@ def _hub_arguments(source: str) -> dict[str, Any]:
     }
 
 
-def _table_rows(source: str, **arguments: Any) -> Iterator[tuple[str, Row]]:
+def _table_rows(source: str, num_rows: int | None, **arguments: Any) -> Iterator[tuple[str, Row]]:
     """Rows of anything that the datasets library loads, class numbers turned into their names."""
     import datasets
 
@@ -199,7 +200,8 @@ def _table_rows(source: str, **arguments: Any) -> Iterator[tuple[str, Row]]:
         for column, feature in table.features.items()
         if isinstance(feature, datasets.ClassLabel)
     }
-    for number, row in enumerate(table):
+    chosen = _sample(len(table), num_rows)
+    for number, row in zip(chosen, table.select(chosen), strict=True):
         named = {c: names[c][v] if c in names and v >= 0 else v for c, v in row.items()}
         yield f"{source} row {number + 1}", named
 

@@ -1,0 +1,72 @@
+"""The README is executed: its Python runs, its commands exist and parse, its files are there."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer.testing
+
+from kifmerge.cli import app
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands():
+    return [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
+
+
+def test_python_of_the_readme_runs(tmp_path):
+    (code,) = blocks("python")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Round(index=2, inner_steps=8, outer_steps=4" in done.stdout
+    assert "parameters scored" in done.stdout
+
+
+def test_make_targets_of_the_readme_exist():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    named = set(re.findall(r"`?make ([\w-]+)", README))
+    assert {"demo", "test"} <= named
+    for target in named:
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+
+
+@pytest.mark.parametrize(
+    "command", [line for line in commands() if line.startswith("kifmerge run")]
+)
+def test_run_commands_of_the_readme_name_recipes_that_can_be_used(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    arguments = [*shlex.split(command)[1:], "--dry-run"]
+    result = typer.testing.CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+
+
+def test_every_command_is_in_the_readme():
+    for command in app.registered_commands:
+        assert f"`kifmerge {command.callback.__name__}" in README
+
+
+def test_every_recipe_is_in_the_readme_and_the_other_way_round():
+    there = {f"recipes/{path.name}" for path in (ROOT / "recipes").glob("*.yaml")}
+    assert set(re.findall(r"recipes/[\w.-]+\.yaml", README)) == there
+
+
+def test_the_example_mapping_of_the_readme_is_a_task():
+    import yaml
+
+    from kifmerge.phases.sequence import TaskOptions
+
+    (block,) = blocks("yaml")
+    for task in yaml.safe_load(block)["tasks"]:
+        assert TaskOptions(**task).name
