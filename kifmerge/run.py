@@ -15,9 +15,10 @@ import json
 import multiprocessing
 import os
 import platform
+import queue
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -267,10 +268,9 @@ def _run_wave(
         ) as pool,
     ):
         moments = manager.Queue()
-        pending = {pool.submit(_run_in_worker, t, options, out_dir, moments) for t in trials}
+        pending = [pool.submit(_run_in_worker, t, options, out_dir, moments) for t in trials]
         try:
-            for _ in trials:
-                _relay_until_one_ends(moments, on_moment)
+            _relay(moments, pending, on_moment)
         except BaseException:
             for future in pending:
                 future.cancel()
@@ -279,16 +279,15 @@ def _run_wave(
             future.result()
 
 
-def _relay_until_one_ends(moments: Any, on_moment: OnMoment) -> None:
-    while (item := moments.get()) is not None:
-        on_moment(*item)
+def _relay(moments: Any, pending: Sequence[Future[None]], on_moment: OnMoment) -> None:
+    """Pass moments on until all trials have ended, be it with their process."""
+    while not all(future.done() for future in pending) or not moments.empty():
+        with contextlib.suppress(queue.Empty):
+            on_moment(*moments.get(timeout=0.2))
 
 
 def _run_in_worker(trial: Trial, options: SequenceOptions, out_dir: Path, moments: Any) -> None:
-    try:
-        _run_trial(trial, options, out_dir, lambda moment: moments.put((trial, moment)))
-    finally:
-        moments.put(None)
+    _run_trial(trial, options, out_dir, lambda moment: moments.put((trial, moment)))
 
 
 def _run_trial(

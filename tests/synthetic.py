@@ -63,7 +63,9 @@ def write_rows(path: Path, content: Sequence[Any]) -> Path:
     return path
 
 
-def write_recipe(directory: Path, tasks: Sequence[str] = ("colours", "sizes"), **changes: Any) -> Path:
+def write_recipe(
+    directory: Path, tasks: Sequence[str] = ("colours", "sizes"), **changes: Any
+) -> Path:
     """Write tasks and a recipe that learns them; ``changes`` replace its sections."""
     for task in tasks:
         write_rows(directory / f"{task}-train.jsonl", rows(task, 24))

@@ -21,7 +21,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from kifmerge.phases.recurrent import RecurrentOptions
+from kifmerge.phases.presets import RecurrentOptions
 from kifmerge.phases.trainer import RecurrentTrainer
 
 VOCABULARY = 40

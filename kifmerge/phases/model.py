@@ -79,6 +79,7 @@ class ModelOptions:
         max_output_tokens: of an answer in training and generation.
         template: ``plain`` (instruction and input as they are), ``alpaca``, or the tokenizer's
             ``chat`` template.
+        dtype: of the loaded weights; ``auto`` takes the checkpoint's own.
         dropout: sets every dropout of the base's configuration; None leaves them.
     """
 
@@ -91,6 +92,7 @@ class ModelOptions:
     max_tokens: int = 512
     max_output_tokens: int = 32
     template: Literal["plain", "alpaca", "chat"] = "plain"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     dropout: float | None = None
 
 
@@ -200,14 +202,16 @@ def _load_base(
     if options.dropout is not None:
         set_dropout(config, options.dropout)
     if options.kind == "classifier" and options.pooling == "mean" and not has_head:
-        encoder = AutoModel.from_pretrained(reference, config=config, use_safetensors=True)
+        encoder = AutoModel.from_pretrained(
+            reference, config=config, dtype=options.dtype, use_safetensors=True
+        )
         pooled = MeanPooledClassifierConfig(encoder=encoder.config.to_dict())
         _set_labels(pooled, labels)
         return MeanPooledClassifier(pooled, encoder)
     if options.kind == "classifier":
         _set_labels(config, labels)
     model: PreTrainedModel = _AUTO_CLASSES[options.kind].from_pretrained(
-        reference, config=config, use_safetensors=True
+        reference, config=config, dtype=options.dtype, use_safetensors=True
     )
     return model
 

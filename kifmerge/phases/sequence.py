@@ -26,7 +26,13 @@ from kifmerge.phases.memory import select_memory
 from kifmerge.phases.model import LoadedModel, ModelOptions, load_model, saved_labels
 from kifmerge.phases.presets import RecurrentOptions, Rule
 from kifmerge.phases.scratch import make_base
-from kifmerge.phases.train import Progress, TrainingOptions, TrainingRecord, train_task
+from kifmerge.phases.train import (
+    Progress,
+    TrainingOptions,
+    TrainingRecord,
+    train_task,
+    training_device,
+)
 
 BEFORE = "before"
 ALL_TASKS = "all-tasks"
@@ -283,7 +289,8 @@ class TaskSequence:
                 write_examples(temporary / MEMORY_FILE, memory)
             for task in self.tasks:
                 self._predict(loaded, task, temporary)
-            write_json(temporary / STAGE_FILE, _stage_details(name, self._seed, record))
+            details = _stage_details(name, self._seed, record)
+            write_json(temporary / STAGE_FILE, {**details, "memory_rows": len(memory or [])})
 
     def _fill_in(self, stages: Sequence[Path]) -> None:
         """Evaluate finished stages on tasks that were added since."""
@@ -321,7 +328,9 @@ class TaskSequence:
             options = make_base(options, texts, base_dir, seed=self._seed)
         if labels is None and options.kind == "classifier":
             labels = list(dict.fromkeys(label for task in self.tasks for label in task.labels))
-        return load_model(options, labels or [], seed=self._seed, checkpoint=checkpoint)
+        loaded = load_model(options, labels or [], seed=self._seed, checkpoint=checkpoint)
+        loaded.model.to(training_device(self._options.training))  # type: ignore[arg-type]
+        return loaded
 
     def _stage_seed(self, stage: int) -> int:
         return self._seed * 1000 + stage

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from transformers import (
     PrinterCallback,
     TrainerCallback,
@@ -158,6 +159,14 @@ def training_arguments(
         ddp_find_unused_parameters=False,
         log_level="error",
     )
+
+
+def training_device(options: TrainingOptions) -> torch.device:
+    """Where the Trainer will put the model: the accelerator if there is one and it is wanted."""
+    accelerator = torch.accelerator.current_accelerator()
+    if options.device == "cpu" or accelerator is None or not torch.accelerator.is_available():
+        return torch.device("cpu")
+    return accelerator
 
 
 class _Watcher(TrainerCallback):
