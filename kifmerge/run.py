@@ -130,6 +130,7 @@ def collect_report(run_dir: Path | str) -> Report:
     tasks = [Task(task) for task in recipe.tasks]
     matrices: dict[str, dict[str, dict[int, list[list[Cell]]]]] = {}
     num_steps: dict[str, int] = {}
+    num_nonfinite: dict[str, int] = {}
     for method in recipe.methods:
         for seed in recipe.seeds:
             stages = _trial_stages(run_dir, Trial(method, seed), tasks)
@@ -137,8 +138,12 @@ def collect_report(run_dir: Path | str) -> Report:
                 continue
             for score, matrix in _matrices(stages, recipe).items():
                 matrices.setdefault(score, {}).setdefault(method, {})[seed] = matrix
-            num_steps.setdefault(method, sum(_num_steps(stage) for stage in stages if stage))
-    return Report(recipe.name, [task.name for task in tasks], matrices, num_steps)
+            done = [_training(stage) for stage in stages if stage is not None]
+            steps = sum(t["num_steps"] + t["num_outer_steps"] for t in done if t)
+            num_steps.setdefault(method, steps)
+            num_nonfinite.setdefault(method, 0)
+            num_nonfinite[method] += sum(t["num_nonfinite_steps"] for t in done if t)
+    return Report(recipe.name, [t.name for t in tasks], matrices, num_steps, num_nonfinite)
 
 
 def _trial_stages(run_dir: Path, trial: Trial, tasks: Sequence[Task]) -> list[Path | None]:
@@ -164,9 +169,10 @@ def _cell_scores(stage: Path | None, task_name: str, metric: Any) -> dict[str, f
     return score_predictions(read_predictions(path), metric)
 
 
-def _num_steps(stage: Path) -> int:
-    training = _read_json(stage / STAGE_FILE).get("training")
-    return training["num_steps"] + training["num_outer_steps"] if training else 0
+def _training(stage: Path) -> dict[str, Any] | None:
+    """What training did at a stage; None before any."""
+    record: dict[str, Any] | None = _read_json(stage / STAGE_FILE).get("training")
+    return record
 
 
 @contextlib.contextmanager

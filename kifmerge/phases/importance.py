@@ -13,7 +13,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
@@ -26,7 +25,8 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from kifmerge.checkpoint.snapshot import read_snapshot, write_snapshot
 from kifmerge.errors import CheckpointError, TrainingError
-from kifmerge.tensor.importance import ImportanceAccumulator, ImportanceOptions, all_finite
+from kifmerge.phases.guard import nonfinite_error
+from kifmerge.tensor.importance import ImportanceAccumulator, ImportanceOptions
 
 SNAPSHOT_FOLDER = "importance"
 
@@ -231,22 +231,3 @@ def refuse_without_gradients(args: TrainingArguments) -> None:
             f"optimizer {optimizer} applies gradients during the backward pass and leaves no "
             "p.grad: choose another, such as adamw_torch"
         )
-
-
-def nonfinite_error(parameters: Mapping[str, nn.Parameter], step: str) -> TrainingError:
-    """The error for a step with non-finite gradients, naming the first parameters concerned."""
-    bad = [n for n, p in parameters.items() if p.grad is not None and not all_finite([p.grad])]
-    shown = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
-    if len(bad) == len(parameters):
-        shown = "every parameter (clipping spreads a NaN from one to all)"
-    return TrainingError(
-        f"the gradient of {step} is not finite, in {shown}. "
-        "Lower the learning rate, or let such steps be left out with nonfinite: skip"
-    )
-
-
-@torch.no_grad()
-def drop_gradients(parameters: Mapping[str, nn.Parameter]) -> None:
-    """Take all gradients away, so that the optimizer step to come changes nothing at all."""
-    for parameter in parameters.values():
-        parameter.grad = None

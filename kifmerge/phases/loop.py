@@ -16,15 +16,10 @@ from transformers import Trainer
 
 from kifmerge.checkpoint.atomic import whole_file, write_json
 from kifmerge.errors import CheckpointError, TrainingError
-from kifmerge.phases.importance import (
-    drop_gradients,
-    nonfinite_error,
-    require_gradients,
-    trained_parameters,
-)
+from kifmerge.phases.guard import GradientGuard
+from kifmerge.phases.importance import require_gradients, trained_parameters
 from kifmerge.phases.presets import RecurrentOptions, Role
 from kifmerge.phases.recurrent import RecurrentRounds, Round
-from kifmerge.tensor.importance import all_finite
 
 STATE_TENSORS = "recurrent.safetensors"
 STATE_COUNTERS = "recurrent.json"
@@ -68,7 +63,6 @@ class RecurrentLoop:
     Attributes:
         options: of the loop.
         done: what each round did.
-        num_nonfinite_steps: inner and outer steps left out because a gradient was not finite.
         inner_steps: of the round that is under way.
         is_settled: whether the weights are fused, or final: what may be saved and evaluated.
         resume_from: checkpoint to go on from when training begins.
@@ -79,16 +73,17 @@ class RecurrentLoop:
         trainer: Trainer,
         memory: Memory,
         options: RecurrentOptions,
+        guard: GradientGuard,
         memory_batches: Sequence[list[int]] | MemoryBatches | None = None,
     ) -> None:
         self.options = options
         self.done: list[Round] = []
-        self.num_nonfinite_steps = 0
         self.inner_steps = 0
         self.is_settled = True
         self.resume_from: Path | None = None
         self._trainer = trainer
         self._memory = memory
+        self._guard = guard
         self._batches = self._random_batches() if memory_batches is None else memory_batches
         self._num_outer_steps = 0
         self._step_is_good = True
@@ -133,20 +128,14 @@ class RecurrentLoop:
         gradients = [parameter.grad for parameter in self._parameters.values()]
         if self._num_outer_steps == 0:
             require_gradients(gradients)
-        self._step_is_good = all_finite(gradients)
-        if not self._step_is_good:
-            # With a gradient scaler an overflow is part of its search for a scale.
-            scaled = self._trainer.accelerator.scaler is not None
-            if self.options.nonfinite == "raise" and not scaled:
-                step = (
-                    f"optimizer step {self._trainer.state.global_step + 1}"
-                    if role == "new"
-                    else f"outer step {self._num_outer_steps + 1}"
-                )
-                raise nonfinite_error(self._parameters, step)
-            self.num_nonfinite_steps += 1
-            drop_gradients(self._parameters)
-        elif self.options.weights == "before":
+        step = (
+            f"optimizer step {self._trainer.state.global_step + 1}"
+            if role == "new"
+            else f"outer step {self._num_outer_steps + 1}"
+        )
+        scaled = self._trainer.accelerator.scaler is not None
+        self._step_is_good = self._guard.admits(self._parameters, step, scaled=scaled)
+        if self._step_is_good and self.options.weights == "before":
             self.rounds.observe(role)
 
     def after_step(self, role: Role) -> None:
@@ -246,7 +235,7 @@ class RecurrentLoop:
         counters = {
             **self.rounds.counters(),
             "num_outer_steps": self._num_outer_steps,
-            "num_nonfinite_steps": self.num_nonfinite_steps,
+            "num_nonfinite_steps": self._guard.num_skipped,
             "options": self._recorded_options(),
         }
         write_json(directory / STATE_COUNTERS, counters)
@@ -270,7 +259,7 @@ class RecurrentLoop:
                 "resume from a checkpoint that the recurrent loop saved, or start over"
             ) from error
         self._num_outer_steps = counters["num_outer_steps"]
-        self.num_nonfinite_steps = counters["num_nonfinite_steps"]
+        self._guard.num_skipped = counters["num_nonfinite_steps"]
         if self._outer_optimizer is not None:
             _restore_optimizer(self._outer_optimizer, optimizer)
 

@@ -6,7 +6,7 @@ import csv
 import io
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from kifmerge.tensor.metrics import DEFINITIONS, Cell, Matrix, continual_metrics
@@ -27,12 +27,14 @@ class Report:
         task_names: in the order of learning.
         matrices: of all scores; the primary one is called ``score``.
         num_steps: method -> optimizer steps, inner and outer, of one seed.
+        num_nonfinite_steps: method -> steps left out because a gradient was not finite, all seeds.
     """
 
     name: str
     task_names: Sequence[str]
     matrices: Matrices
     num_steps: Mapping[str, int]
+    num_nonfinite_steps: Mapping[str, int] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, with the definitions of the metrics: content of ``results.json``."""
@@ -46,6 +48,7 @@ class Report:
                 **DEFINITIONS,
             },
             "num_steps": dict(self.num_steps),
+            "num_nonfinite_steps": dict(self.num_nonfinite_steps),
             "matrices": {
                 score: {
                     method: {str(seed): matrix for seed, matrix in by_seed.items()}
@@ -179,6 +182,15 @@ def report_tables(report: Report) -> list[Table]:
     differences = report.paired_differences()
     if any(len(by_seed) > 1 for by_seed in differences.values()):
         tables.append(_difference_table(differences))
+    left_out = {m: number for m, number in report.num_nonfinite_steps.items() if number}
+    if left_out:
+        tables.append(
+            Table(
+                "Optimizer steps left out: a gradient was not finite",
+                ["method", "steps"],
+                [[method, str(number)] for method, number in left_out.items()],
+            )
+        )
     return tables
 
 

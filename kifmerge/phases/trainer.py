@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from torch import nn
 from transformers import (
     Trainer,
     TrainerCallback,
@@ -24,7 +25,8 @@ from transformers import (
 )
 
 from kifmerge.errors import TrainingError
-from kifmerge.phases.importance import refuse_without_gradients
+from kifmerge.phases.guard import GradientGuard
+from kifmerge.phases.importance import refuse_without_gradients, trained_parameters
 from kifmerge.phases.loop import Memory, MemoryBatches, RecurrentLoop
 from kifmerge.phases.presets import RecurrentOptions
 from kifmerge.phases.recurrent import Round
@@ -58,8 +60,13 @@ class RecurrentMixin:
         refuse_without_gradients(trainer.args)
         if self.recurrent.accumulated_loss == "micro-batch":
             trainer.model_accepts_loss_kwargs = False
-        if self.memory is not None:
-            self.loop = RecurrentLoop(trainer, self.memory, self.recurrent, memory_batches)
+        self.guard = GradientGuard(self.recurrent.nonfinite)
+        if self.memory is None:
+            trainer.add_callback(_GuardCallback(trainer, self.guard))
+        else:
+            self.loop = RecurrentLoop(
+                trainer, self.memory, self.recurrent, self.guard, memory_batches
+            )
             trainer.add_callback(_RecurrentCallback(self.loop))
 
     @property
@@ -69,8 +76,8 @@ class RecurrentMixin:
 
     @property
     def num_nonfinite_steps(self) -> int:
-        """Inner and outer steps left out because a gradient was not finite."""
-        return self.loop.num_nonfinite_steps if self.loop is not None else 0
+        """Optimizer steps, inner and outer, left out because a gradient was not finite."""
+        return self.guard.num_skipped
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as the Trainer does, with the latest round's figures beside the training loss."""
@@ -88,6 +95,29 @@ class RecurrentMixin:
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
         if self.loop is not None:
             self.loop.resume_from = Path(checkpoint) if checkpoint else None
+
+
+class _GuardCallback(TrainerCallback):
+    """Plain training, the first task's: only non-finite gradients are kept from the weights."""
+
+    def __init__(self, trainer: Trainer, guard: GradientGuard) -> None:
+        self._trainer = trainer
+        self._guard = guard
+        self._parameters: dict[str, nn.Parameter] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model = self._trainer.accelerator.unwrap_model(self._trainer.model)
+        self._parameters = trained_parameters(model)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        scaled = self._trainer.accelerator.scaler is not None
+        self._guard.admits(
+            self._parameters, f"optimizer step {state.global_step + 1}", scaled=scaled
+        )
 
 
 class _RecurrentCallback(TrainerCallback):

@@ -684,3 +684,20 @@ def test_half_precision_parameters_are_fused_in_float32():
     rounds.fuse(inner_steps=1, outer_steps=1, outer_loss=0.0)
     expected = oracles.fused(*weights, torch.full((1000, 2), 0.5)).bfloat16()
     assert torch.equal(parameter.detach(), expected)
+
+
+def test_plain_training_keeps_nonfinite_gradients_from_the_weights_too(tmp_path):
+    model = tiny.lora_llama()
+    tiny.spoil_gradient(model, next(iter(tiny.trained(model))), 2, math.nan)
+    trainer = tiny.trainer(model, tmp_path, options=SHORT, max_steps=3)
+    trainer.train()
+    assert trainer.num_nonfinite_steps == 1
+    assert all(value.isfinite().all() for value in tiny.trained(model).values())
+
+
+def test_plain_training_may_end_at_a_nonfinite_gradient(tmp_path):
+    model = tiny.lora_llama()
+    tiny.spoil_gradient(model, next(iter(tiny.trained(model))), 2, math.nan)
+    trainer = tiny.trainer(model, tmp_path, options=replace(SHORT, nonfinite="raise"), max_steps=3)
+    with pytest.raises(TrainingError, match="optimizer step 2 is not finite"):
+        trainer.train()
