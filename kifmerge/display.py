@@ -87,7 +87,8 @@ def print_tables(tables: Iterable[Table]) -> None:
     if not console.is_terminal:
         console = Console(width=160)
     for table in tables:
-        shown = RichTable(title=table.title, title_justify="left")
+        console.print(f"\n{table.title}", highlight=False)
+        shown = RichTable()
         for number, name in enumerate(table.header):
             shown.add_column(name, justify="left" if number == 0 else "right", no_wrap=True)
         for row in table.rows:
