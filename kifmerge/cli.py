@@ -105,6 +105,8 @@ def run(
     quiet: QuietOption = False,
 ) -> None:
     """Learn the tasks of a recipe in order, by each of its methods, and report what was kept."""
+    if resume and overwrite:
+        raise typer.BadParameter("--resume goes on with a run, --overwrite removes it: choose one")
     from kifmerge.display import ProgressDisplay
     from kifmerge.recipe import load_recipe
 

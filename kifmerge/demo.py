@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -12,7 +11,8 @@ from kifmerge.checkpoint.atomic import write_text
 from kifmerge.errors import RunError
 from kifmerge.phases.report import Report
 from kifmerge.recipe import load_recipe
-from kifmerge.run import OnMoment, run_recipe
+from kifmerge.run import run_recipe
+from kifmerge.trials import OnMoment
 
 NUM_TRAIN_ROWS = 240
 NUM_TEST_ROWS = 120
@@ -66,7 +66,7 @@ def run_demo(out: Path | None, *, seed: int = 0, on_moment: OnMoment) -> Report:
     if out is None:
         with tempfile.TemporaryDirectory(prefix="kifmerge-demo-") as temporary:
             return _run_in(Path(temporary), seed, on_moment)
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunError(f"{out} is not empty: choose another folder for the demo")
     return _run_in(out, seed, on_moment)
 
@@ -74,8 +74,9 @@ def run_demo(out: Path | None, *, seed: int = 0, on_moment: OnMoment) -> Report:
 def _run_in(directory: Path, seed: int, on_moment: OnMoment) -> Report:
     write_tasks(directory / "tasks", seed=seed)
     recipe_path = directory / "recipe.yaml"
-    shutil.copyfile(Path(__file__).with_name("demo.yaml"), recipe_path)
-    recipe = load_recipe(recipe_path, [f"seeds=[{seed}]"])
+    text = Path(__file__).with_name("demo.yaml").read_text(encoding="utf-8")
+    write_text(recipe_path, f"{text}seeds: [{seed}]\n")
+    recipe = load_recipe(recipe_path)
     return run_recipe(recipe, directory / "run", on_moment=on_moment)
 
 

@@ -20,17 +20,17 @@ from rich.table import Table as RichTable
 if TYPE_CHECKING:
     from kifmerge.phases.report import Table
     from kifmerge.phases.sequence import Moment
-    from kifmerge.run import Trial
+    from kifmerge.trials import Trial
 
 
 class ProgressDisplay:
     """Live bars on a terminal, one line per finished activity elsewhere, nothing when quiet."""
 
     def __init__(self, *, quiet: bool) -> None:
-        self._console = Console(stderr=True, quiet=quiet)
+        self._console = Console(stderr=True, quiet=quiet, markup=False, emoji=False)
         self._bars: dict[Trial, TaskID] = {}
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}"),
@@ -83,9 +83,9 @@ def _figures(moment: Moment) -> str:
 
 def print_tables(tables: Iterable[Table]) -> None:
     """Print tables to stdout; wide enough not to cut figures when it is not a terminal."""
-    console = Console()
+    console = Console(markup=False, emoji=False)
     if not console.is_terminal:
-        console = Console(width=160)
+        console = Console(width=10_000, markup=False, emoji=False)
     for table in tables:
         console.print(f"\n{table.title}", highlight=False)
         shown = RichTable()

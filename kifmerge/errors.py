@@ -67,6 +67,18 @@ def check_choices(options: Any) -> None:
             raise ValueError(f"{name}: {value!r} is none of {', '.join(map(str, choices))}")
 
 
+def check_at_least(options: Any, **smallest: float) -> None:
+    """Refuse, for a dataclass of options, numbers below the given ones; None passes.
+
+    Raises:
+        ValueError: naming the field, what was found and what it must be at least.
+    """
+    for name, least in smallest.items():
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}, found {value}")
+
+
 def problem_list(heading: str, problems: Sequence[str]) -> str:
     """Format gathered problems as one message, the first ten in full.
 

@@ -14,7 +14,7 @@ from typing import Any
 import pydantic
 import yaml
 
-from kifmerge.errors import RecipeError, problem_list
+from kifmerge.errors import RecipeError, check_at_least, problem_list
 from kifmerge.phases.model import ModelOptions
 from kifmerge.phases.presets import PRESETS, RecurrentOptions
 from kifmerge.phases.sequence import MethodName, SequenceOptions, TaskOptions
@@ -35,6 +35,10 @@ class EvaluationOptions:
     """Evaluation: rows at once."""
 
     batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        """Refuse empty batches."""
+        check_at_least(self, batch_size=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +101,8 @@ def load_recipe(path: Path | str, settings: Sequence[str] = ()) -> Recipe:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
     except OSError as error:
         raise RecipeError(f"cannot read the recipe {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"cannot read the recipe {path}: not UTF-8 ({error})") from error
     except yaml.YAMLError as error:
         raise RecipeError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
@@ -134,9 +140,11 @@ def parse_recipe(content: Mapping[str, Any], origin: str) -> Recipe:
 
 
 def _with_preset(section: Any) -> dict[str, Any]:
-    section = dict(section) if isinstance(section, Mapping) else {}
+    if section is not None and not isinstance(section, Mapping):
+        raise ValueError(f"recurrent: expected options, found {section!r}")
+    section = dict(section or {})
     name = section.pop("preset", DEFAULT_PRESET)
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise ValueError(f"recurrent.preset: {name!r} is none of {', '.join(PRESETS)}")
     return {**dataclasses.asdict(PRESETS[name]), **section}
 
@@ -236,6 +244,8 @@ def _apply(content: dict[str, Any], setting: str) -> None:
         for key in parents:
             place = place[int(key)] if isinstance(place, list) else place.setdefault(key, {})
         place[int(last) if isinstance(place, list) else last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {setting}: the value is not valid YAML") from error
     except (ValueError, IndexError, TypeError, AttributeError) as error:
         raise RecipeError(f"--set {setting}: there is no such place in the recipe") from error
 
@@ -252,7 +262,13 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, (str, int, float)):
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key!r} cannot be a key", key_node.start_mark
+                )
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"key {key!r} is given twice", key_node.start_mark

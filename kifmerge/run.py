@@ -10,23 +10,15 @@ DIR/report.md, results.json, metrics.csv
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
-import multiprocessing
-import os
 import platform
-import queue
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import filelock
-import torch
-import transformers
 import yaml
 
 from kifmerge.checkpoint.atomic import whole_file, write_json, write_text
@@ -37,20 +29,18 @@ from kifmerge.phases.report import Report, as_csv, as_markdown
 from kifmerge.phases.sequence import (
     METHODS,
     STAGE_FILE,
-    Moment,
-    SequenceOptions,
     Task,
-    TaskSequence,
     at_once_folder,
+    check_rows,
     method_stages,
     prediction_path,
 )
 from kifmerge.recipe import Recipe, parse_recipe
 from kifmerge.tensor.metrics import Cell
+from kifmerge.trials import START, OnMoment, Trial, run_trials
 
 FORMAT = "kifmerge.run"
 VERSION = 1
-START = "start"
 RECIPE_FILE = "recipe.yaml"
 MANIFEST_FILE = "manifest.json"
 LOCK_FILE = ".lock"
@@ -58,22 +48,6 @@ _PACKAGES = ("kifmerge", "torch", "transformers", "peft", "accelerate", "safeten
 
 # A run that is resumed may have been given more of these.
 _EXTENDABLE = ("tasks", "methods", "seeds")
-
-
-@dataclass(frozen=True, slots=True)
-class Trial:
-    """One method under one seed; the method ``start`` makes what the others share."""
-
-    method: str
-    seed: int
-
-    @property
-    def folder(self) -> Path:
-        """Within the run folder."""
-        return Path(self.method) / f"seed-{self.seed}"
-
-
-OnMoment = Callable[[Trial, Moment], None]
 
 
 def run_recipe(
@@ -106,7 +80,7 @@ def run_recipe(
         starts = [Trial(START, seed) for seed in recipe.seeds]
         trials = [Trial(method, seed) for seed in recipe.seeds for method in recipe.methods]
         for wave in (starts, trials):
-            _run_wave(wave, options, out_dir, num_jobs, on_moment)
+            run_trials(wave, options, out_dir, num_jobs, on_moment)
         report = collect_report(out_dir)
         write_json(out_dir / "results.json", report.as_dict())
         write_text(out_dir / "metrics.csv", as_csv(report.metric_rows()))
@@ -177,14 +151,52 @@ def _training(stage: Path) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def _run_folder(recipe: Recipe, out_dir: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
-    """Lock the folder, check that it may be used, and write recipe and manifest into it."""
-    occupied = out_dir.exists() and any(out_dir.iterdir())
-    is_run = (out_dir / MANIFEST_FILE).exists()
-    if occupied and not (resume or overwrite):
-        hint = "--resume goes on with it, --overwrite starts anew" if is_run else "choose another"
-        raise RunError(f"{out_dir} is not empty: {hint}")
-    if occupied and not is_run:
+    """Lock the folder, check that it may be used, and write recipe and manifest into it.
+
+    If the body fails before a single stage is finished, the folder is left empty.
+    """
+    is_run = _is_run(out_dir)
+    if _is_occupied(out_dir) and not is_run:
         raise RunError(f"{out_dir} is not empty and holds no run of ours: choose another folder")
+    if is_run and not (resume or overwrite):
+        raise RunError(f"{out_dir} is not empty: --resume goes on with it, --overwrite starts anew")
+    with _locked(out_dir):
+        kept = _kept_recipe(out_dir) if is_run and not overwrite else None
+        if kept is not None:
+            _check_extension(kept, recipe, out_dir)
+        # A mistake in the last task's rows should not show after hours of training on the first.
+        known = {task.name for task in kept.tasks} if kept is not None else set()
+        try:
+            check_rows([t for t in recipe.tasks if t.name not in known], recipe.model.kind)
+            if overwrite:
+                _empty(out_dir)
+            write_text(out_dir / RECIPE_FILE, yaml.safe_dump(recipe.as_dict(), sort_keys=False))
+            write_json(out_dir / MANIFEST_FILE, _manifest())
+            yield
+        except BaseException:
+            if not any(out_dir.rglob(STAGE_FILE)):
+                _empty(out_dir)
+            raise
+
+
+def _is_occupied(out_dir: Path) -> bool:
+    """Whether there is anything in the folder but what a run leaves that was killed at once."""
+    if out_dir.exists() and not out_dir.is_dir():
+        raise RunError(f"{out_dir} is a file: expected a folder, or nothing yet")
+    passing = (LOCK_FILE, RECIPE_FILE)
+    return out_dir.exists() and any(entry.name not in passing for entry in out_dir.iterdir())
+
+
+def _is_run(out_dir: Path) -> bool:
+    try:
+        return _read_json(out_dir / MANIFEST_FILE).get("format") == FORMAT
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+@contextlib.contextmanager
+def _locked(out_dir: Path) -> Iterator[None]:
+    """Keep other processes out of the folder."""
     out_dir.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(out_dir / LOCK_FILE, timeout=0)
     try:
@@ -192,12 +204,6 @@ def _run_folder(recipe: Recipe, out_dir: Path, *, resume: bool, overwrite: bool)
     except filelock.Timeout:
         raise RunError(f"{out_dir} is in use by another process") from None
     try:
-        if overwrite:
-            _empty(out_dir)
-        elif is_run:
-            _check_extension(_kept_recipe(out_dir), recipe, out_dir)
-        write_text(out_dir / RECIPE_FILE, yaml.safe_dump(recipe.as_dict(), sort_keys=False))
-        write_json(out_dir / MANIFEST_FILE, _manifest())
         yield
     finally:
         lock.release()
@@ -251,64 +257,3 @@ def _check_extension(old: Recipe, new: Recipe, out_dir: Path) -> None:
 def _read_json(path: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return content
-
-
-def _run_wave(
-    trials: Sequence[Trial],
-    options: SequenceOptions,
-    out_dir: Path,
-    num_jobs: int,
-    on_moment: OnMoment,
-) -> None:
-    """Run trials one after the other here, or several at once in processes of their own."""
-    if num_jobs == 1 or len(trials) == 1:
-        for trial in trials:
-            _run_trial(trial, options, out_dir, functools.partial(on_moment, trial))
-        return
-    num_threads = max(1, (os.cpu_count() or 1) // num_jobs)
-    context = multiprocessing.get_context("spawn")
-    with (
-        context.Manager() as manager,
-        ProcessPoolExecutor(
-            num_jobs, mp_context=context, initializer=torch.set_num_threads, initargs=(num_threads,)
-        ) as pool,
-    ):
-        moments = manager.Queue()
-        pending = [pool.submit(_run_in_worker, t, options, out_dir, moments) for t in trials]
-        try:
-            _relay(moments, pending, on_moment)
-        except BaseException:
-            for future in pending:
-                future.cancel()
-            raise
-        for future in pending:
-            future.result()
-
-
-def _relay(moments: Any, pending: Sequence[Future[None]], on_moment: OnMoment) -> None:
-    """Pass moments on until all trials have ended, be it with their process."""
-    while not all(future.done() for future in pending) or not moments.empty():
-        with contextlib.suppress(queue.Empty):
-            on_moment(*moments.get(timeout=0.2))
-
-
-def _run_in_worker(trial: Trial, options: SequenceOptions, out_dir: Path, moments: Any) -> None:
-    _run_trial(trial, options, out_dir, lambda moment: moments.put((trial, moment)))
-
-
-def _run_trial(
-    trial: Trial, options: SequenceOptions, out_dir: Path, on_moment: Callable[[Moment], None]
-) -> None:
-    _quieten_libraries()
-    start_dir = out_dir / Trial(START, trial.seed).folder
-    sequence = TaskSequence(options, trial.seed, start_dir, on_moment)
-    if trial.method == START:
-        sequence.run_start()
-    else:
-        sequence.run_method(METHODS[trial.method], out_dir / trial.folder)
-
-
-def _quieten_libraries() -> None:
-    """Leave the terminal to our own progress display."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()

@@ -109,6 +109,9 @@ def grow_head(model: PreTrainedModel, num_labels: int, *, seed: int) -> None:
             if module.bias is not None:
                 module.bias = _extended(module.bias, module.bias.new_zeros(len(rows)))
             module.out_features = num_labels
+    for module in model.modules():
+        if isinstance(getattr(module, "num_labels", None), int):
+            setattr(module, "num_labels", num_labels)  # noqa: B010 - the loss of stock classifiers
 
 
 _HEAD_PARTS = ("classifier", "score", "classification_head", "logits_proj")

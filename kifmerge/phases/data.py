@@ -136,13 +136,16 @@ def _sample(num_available: int, num_rows: int | None) -> Sequence[int]:
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, Row]]:
     problems: list[str] = []
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             place = f"{path}:{number}"
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode())
+            except UnicodeDecodeError as error:
+                problems.append(f"{place}: not UTF-8, {error.reason} at byte {error.start}")
+                continue
             except json.JSONDecodeError as error:
                 problems.append(f"{place}: invalid JSON, {error.msg} at column {error.colno}")
                 continue
@@ -160,6 +163,8 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Row]]:
         rows = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno}: invalid JSON, {error.msg}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8, {error.reason} at byte {error.start}") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise DataError(f"{path}: expected a list of objects")
     for number, row in enumerate(rows, start=1):
@@ -209,7 +214,8 @@ def _table_rows(source: str, num_rows: int | None, **arguments: Any) -> Iterator
 def _example(row: Row, place: str, options: DataOptions) -> Example:
     if options.columns:
         row = {**_mapped(row, options.columns), "id": row.get("id")}
-    example = _recognised(row, row_id=str(row.get("id") or place.rpartition("/")[2]))
+    own_id = row.get("id")
+    example = _recognised(row, str(place.rpartition("/")[2] if own_id is None else own_id))
     if options.labels:
         output = _declared_label(row.get("label", example.output), options.labels)
         example = Example(example.id, example.instruction, example.input, output, example.messages)
@@ -217,15 +223,22 @@ def _example(row: Row, place: str, options: DataOptions) -> Example:
 
 
 def _mapped(row: Row, columns: Mapping[str, str]) -> Row:
-    try:
-        return {key: template.format(**row) for key, template in columns.items()}
-    except KeyError as error:
-        raise ValueError(
-            f"missing column {error}: the mapping names it, the row has {', '.join(row)}"
-        ) from None
+    """Fill the templates; one that is a column and nothing else keeps the column's own type."""
+    mapped = {}
+    for key, template in columns.items():
+        column = template[1:-1] if template[:1] == "{" and template[-1:] == "}" else None
+        try:
+            mapped[key] = row[column] if column in row else template.format(**row)
+        except KeyError as error:
+            raise ValueError(
+                f"missing column {error}: the mapping names it, the row has {', '.join(row)}"
+            ) from None
+        except (ValueError, IndexError, AttributeError, TypeError) as error:
+            raise ValueError(f"{key}: cannot fill the template {template!r}: {error}") from None
+    return mapped
 
 
-def _recognised(row: Row, *, row_id: str) -> Example:
+def _recognised(row: Row, row_id: str) -> Example:
     form = next((form for form in FORMS if all(key in row for key in form)), None)
     if form is None:
         wanted = " or ".join("/".join(form) for form in FORMS)
@@ -245,11 +258,13 @@ def _conversation(row: Row, row_id: str) -> Example:
     if (
         not isinstance(messages, list)
         or len(messages) < 2
-        or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages)
+        or not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages)
+        or not all(isinstance(m.get("role"), str) for m in messages)
         or messages[-1]["role"] != "assistant"
     ):
         raise ValueError(
-            "messages: expected a list of {role, content} that ends with the assistant's answer"
+            "messages: expected a list of {role, content}, all text, that ends with an answer of "
+            "the assistant"
         )
     earlier = tuple({"role": m["role"], "content": m["content"]} for m in messages[:-1])
     return Example(row_id, "", earlier[-1]["content"], messages[-1]["content"], earlier)

@@ -49,7 +49,12 @@ def prompt_features(loaded: LoadedModel, examples: Sequence[Example]) -> list[Fe
     """Token ids of what the model is given, cut to ``max_tokens``."""
     texts = [prompt(loaded, example) for example in examples]
     encoded = loaded.tokenizer(
-        texts, truncation=True, max_length=loaded.options.max_tokens, padding=False
+        texts,
+        truncation=True,
+        max_length=loaded.options.max_tokens,
+        padding=False,
+        # A chat template writes them itself.
+        add_special_tokens=loaded.options.template != "chat",
     )
     names = ("input_ids", "attention_mask")
     return [{name: encoded[name][row] for name in names} for row in range(len(texts))]

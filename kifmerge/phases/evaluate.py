@@ -97,7 +97,8 @@ def _generate(
     loaded: LoadedModel, features: list[dict[str, Any]], _own_labels: Sequence[str]
 ) -> Answers:
     tokenizer, model = loaded.tokenizer, cast(Any, loaded.model)
-    batch = tokenizer.pad(features, return_tensors="pt", padding_side="left").to(model.device)
+    side = "left" if loaded.options.kind == "causal-lm" else "right"
+    batch = tokenizer.pad(features, return_tensors="pt", padding_side=side).to(model.device)
     tokens = model.generate(
         **batch,
         max_new_tokens=loaded.options.max_output_tokens,

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import safetensors
 import transformers
 from transformers import (
     AutoConfig,
@@ -26,7 +27,7 @@ from transformers import (
 )
 
 from kifmerge.checkpoint.atomic import write_json
-from kifmerge.errors import CheckpointError
+from kifmerge.errors import CheckpointError, check_at_least
 from kifmerge.phases.classifier import (
     HEAD_NAME,
     MeanPooledClassifier,
@@ -39,7 +40,7 @@ Kind = Literal["causal-lm", "seq2seq-lm", "classifier"]
 Pooling = Literal["own", "mean"]
 
 PROVENANCE_FILE = "kifmerge.json"
-_AUTO_CLASSES = {
+AUTO_CLASSES = {
     "causal-lm": AutoModelForCausalLM,
     "seq2seq-lm": AutoModelForSeq2SeqLM,
     "classifier": AutoModelForSequenceClassification,
@@ -94,6 +95,10 @@ class ModelOptions:
     template: Literal["plain", "alpaca", "chat"] = "plain"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     dropout: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that hold nothing: an answer needs a token beside the end."""
+        check_at_least(self, max_tokens=1, max_output_tokens=2)
 
 
 @dataclass(slots=True)
@@ -164,7 +169,7 @@ def load_model(
     assert reference is not None
     known = saved_labels(checkpoint) if checkpoint is not None else list(labels)
     transformers.set_seed(seed)
-    with _loading(reference):
+    with loading(reference):
         tokenizer = _load_tokenizer(options, checkpoint)
         whole = checkpoint if checkpoint is not None and options.lora is None else None
         model = _load_base(options, str(whole or reference), known, has_head=whole is not None)
@@ -176,10 +181,11 @@ def load_model(
 
 
 @contextlib.contextmanager
-def _loading(reference: str) -> Iterator[None]:
+def loading(reference: str) -> Iterator[None]:
+    """Turn what goes wrong while a model is loaded into a CheckpointError that names it."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise CheckpointError(
             f"cannot load the model {reference}: {first_line}. Expected a folder with config.json, "
@@ -210,8 +216,13 @@ def _load_base(
         return MeanPooledClassifier(pooled, encoder)
     if options.kind == "classifier":
         _set_labels(config, labels)
-    model: PreTrainedModel = _AUTO_CLASSES[options.kind].from_pretrained(
-        reference, config=config, dtype=options.dtype, use_safetensors=True
+    model: PreTrainedModel = AUTO_CLASSES[options.kind].from_pretrained(
+        reference,
+        config=config,
+        dtype=options.dtype,
+        use_safetensors=True,
+        # A published head for other labels is of no use here: it starts anew.
+        ignore_mismatched_sizes=options.kind == "classifier" and not has_head,
     )
     return model
 
@@ -237,7 +248,7 @@ def _adapted(
     lora = options.lora
     assert lora is not None
     if checkpoint is not None:
-        with _loading(str(checkpoint)):
+        with loading(str(checkpoint)):
             trained: PreTrainedModel = PeftModel.from_pretrained(
                 model, checkpoint, is_trainable=True
             )

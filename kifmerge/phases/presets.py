@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from kifmerge.errors import check_choices
+from kifmerge.errors import check_at_least, check_choices
 from kifmerge.tensor.fusion import DEFAULT_SHARED_WEIGHTS, Redundant
 from kifmerge.tensor.importance import ImportanceOptions, Score, Sensitivity, Weights
 from kifmerge.tensor.selection import Scope
@@ -75,9 +75,7 @@ class RecurrentOptions:
     def __post_init__(self) -> None:
         """Refuse choices that do not exist and numbers out of range."""
         check_choices(self)
-        for name in ("inner_steps", "outer_steps", "outer_batch_size"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
+        check_at_least(self, inner_steps=1, outer_steps=1, outer_batch_size=1)
         if len(self.shared_weights) != 2:
             raise ValueError(f"shared_weights must be two numbers, found {self.shared_weights}")
         if not 0.0 <= self.important_fraction <= 1.0:

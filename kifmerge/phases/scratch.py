@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from kifmerge.checkpoint.atomic import whole_folder
 from kifmerge.errors import CheckpointError
 from kifmerge.phases.model import (
-    _AUTO_CLASSES,
+    AUTO_CLASSES,
     ModelOptions,
+    loading,
     set_dropout,
 )
 from kifmerge.phases.tokenizer import TokenizerOptions, train_tokenizer
@@ -41,7 +43,8 @@ def make_base(
     if directory.exists():
         return made
     if isinstance(options.tokenizer, str):
-        tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
+        with loading(options.tokenizer):
+            tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
     else:
         tokenizer = train_tokenizer(
             texts, options.tokenizer or TokenizerOptions(), max_tokens=options.max_tokens
@@ -52,9 +55,9 @@ def make_base(
         config = AutoConfig.for_model(**settings)
         if options.dropout is not None:
             set_dropout(config, options.dropout)
-        is_encoder = options.kind == "classifier" and options.pooling == "mean"
-        model = (AutoModel if is_encoder else _AUTO_CLASSES[options.kind]).from_config(config)
-    except (KeyError, TypeError, ValueError) as error:
+        is_encoder = options.kind == "classifier"  # its head is made when the labels are known
+        model = (AutoModel if is_encoder else AUTO_CLASSES[options.kind]).from_config(config)
+    except (KeyError, TypeError, ValueError, StrictDataclassError) as error:
         raise CheckpointError(f"cannot make a model from {settings}: {error}") from error
     with whole_folder(directory) as temporary:
         model.save_pretrained(temporary)

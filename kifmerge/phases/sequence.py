@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kifmerge.checkpoint.atomic import remove_unfinished, whole_folder, write_json
+from kifmerge.errors import DataError
 from kifmerge.phases.data import DataOptions, Example, labels_met, read_examples, write_examples
 from kifmerge.phases.evaluate import Metric, predict, write_predictions
 from kifmerge.phases.memory import select_memory
-from kifmerge.phases.model import LoadedModel, ModelOptions, load_model, saved_labels
+from kifmerge.phases.model import Kind, LoadedModel, ModelOptions, load_model, saved_labels
 from kifmerge.phases.presets import RecurrentOptions, Rule
 from kifmerge.phases.scratch import make_base
 from kifmerge.phases.train import (
@@ -130,6 +131,31 @@ class Task:
         return read_examples(source, DataOptions(columns=columns, labels=labels, num_rows=num_rows))
 
 
+def check_rows(tasks: Sequence[TaskOptions], kind: Kind) -> None:
+    """Read all rows of all tasks, so that what is wrong with any of them shows at once.
+
+    Raises:
+        DataError: with the problems of all sources; for a classifier also when a test row's label
+            is not among the task's, and could never be answered.
+    """
+    problems = []
+    for task in map(Task, tasks):
+        for part in ("train", "test"):
+            try:
+                getattr(task, part)
+            except DataError as error:
+                problems.append(str(error))
+        if kind == "classifier" and not problems:
+            strange = sorted(set(labels_met(task.test)) - set(task.labels))
+            if strange:
+                problems.append(
+                    f"{task.options.test}: labels {', '.join(map(repr, strange))} are not among those of "
+                    f"task {task.name}: {', '.join(task.labels)}"
+                )
+    if problems:
+        raise DataError("\n".join(problems))
+
+
 @dataclass(frozen=True, slots=True)
 class Moment:
     """Where a sequence is: for a progress display."""
@@ -200,6 +226,7 @@ class TaskSequence:
         loaded: LoadedModel | None = None
         for number in range(2, len(stages)):
             if stages[number].exists():
+                loaded = None
                 continue
             loaded = loaded or self._load(stages[number - 1] / CHECKPOINT)
             self._train_stage(stages[number], loaded, method, number, stages[1:number])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,10 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
 
+from kifmerge.errors import check_at_least
 from kifmerge.phases.data import Example
 from kifmerge.phases.encode import collator, training_features
 from kifmerge.phases.model import LoadedModel
@@ -55,6 +59,21 @@ class TrainingOptions:
     max_grad_norm: float = 1.0
     precision: Literal["float32", "bf16", "fp16"] = "float32"
     device: Literal["auto", "cpu"] = "auto"
+
+    def __post_init__(self) -> None:
+        """Refuse numbers out of range, and names that transformers does not know."""
+        check_at_least(
+            self, max_steps=1, batch_size=1, accumulation=1, warmup_steps=0,
+            learning_rate=0, weight_decay=0, max_grad_norm=0,
+        )  # fmt: skip
+        if self.epochs <= 0:
+            raise ValueError(f"epochs must be more than 0, found {self.epochs}")
+        for name, known in (("schedule", SchedulerType), ("optimizer", OptimizerNames)):
+            choices = [str(choice.value) for choice in known]
+            if getattr(self, name) not in choices:
+                near = difflib.get_close_matches(getattr(self, name), choices, n=1)
+                hint = f": did you mean {near[0]}?" if near else f" of {', '.join(choices)}"
+                raise ValueError(f"{name}: {getattr(self, name)!r} is none{hint}")
 
 
 @dataclass(frozen=True, slots=True)
