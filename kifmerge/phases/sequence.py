@@ -148,8 +148,9 @@ def check_rows(tasks: Sequence[TaskOptions], kind: Kind) -> None:
         if kind == "classifier" and not problems:
             strange = sorted(set(labels_met(task.test)) - set(task.labels))
             if strange:
+                names = ", ".join(map(repr, strange))
                 problems.append(
-                    f"{task.options.test}: labels {', '.join(map(repr, strange))} are not among those of "
+                    f"{task.options.test}: labels {names} are not among those of "
                     f"task {task.name}: {', '.join(task.labels)}"
                 )
     if problems:
