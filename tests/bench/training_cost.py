@@ -1,6 +1,6 @@
 """What the recurrent loop costs, as ratios to plain training measured in the same run.
 
-    python tests/bench/training_cost.py [--device cuda] [--repeats 5] [--json FILE]
+    python tests/bench/training_cost.py [--device cuda] [--repeats 3] [--json FILE]
 
 1. Importance update: CPU (or device) seconds of one update over those of one plain training step,
    for LoRA (r 8 on q and v) and for all parameters of a T5-small-shaped model (60M).
@@ -98,7 +98,7 @@ def update_cost(device: str, repeats: int, *, lora: bool) -> dict[str, float]:
     }
 
 
-def run_cost(device: str, repeats: int, *, lora: bool, num_rounds: int = 2) -> dict[str, float]:
+def run_cost(device: str, repeats: int, *, lora: bool, num_rounds: int = 1) -> dict[str, float]:
     """A recurrent run over a plain run with the same number of optimizer steps."""
     options = RecurrentOptions()
     inner = options.inner_steps * num_rounds
@@ -145,7 +145,7 @@ def run_cost(device: str, repeats: int, *, lora: bool, num_rounds: int = 2) -> d
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if arguments.device == "cpu":
@@ -153,11 +153,11 @@ def main() -> None:
     results: dict[str, dict[str, float]] = {}
     for name, lora in (("lora", True), ("all parameters", False)):
         device, repeats = arguments.device, arguments.repeats
-        results[f"importance update, {name}"] = update_cost(device, repeats, lora=lora)
-        results[f"recurrent run, {name}"] = run_cost(device, max(3, repeats // 2), lora=lora)
-    for name, figures in results.items():
-        shown = ", ".join(f"{key} {value:.6g}" for key, value in figures.items())
-        print(f"{name}: {shown}")  # noqa: T201
+        for work, measure in (("importance update", update_cost), ("recurrent run", run_cost)):
+            figures = measure(device, repeats, lora=lora)
+            results[f"{work}, {name}"] = figures
+            shown = ", ".join(f"{key} {value:.6g}" for key, value in figures.items())
+            print(f"{work}, {name}: {shown}", flush=True)  # noqa: T201
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=2))
 
