@@ -151,18 +151,25 @@ class ImportanceAccumulator:
 
 
 def all_finite(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether every element of every tensor is finite; waits for each device once.
+    """Whether every element of every tensor is finite.
 
     >>> all_finite([torch.ones(2), None]), all_finite([torch.tensor([1.0, float("nan")])])
     (True, False)
     """
+    present = [tensor.detach() for tensor in tensors if tensor is not None and tensor.numel()]
+    # A sum is finite only if every term is: the fast answer, and almost always the last word. A
+    # sum that is not may also have overflowed; the largest absolute values cannot.
+    if _finite([tensor.sum(dtype=torch.float32) for tensor in present]):
+        return True
+    return _finite([torch.linalg.vector_norm(tensor.float(), math.inf) for tensor in present])
+
+
+def _finite(values: Sequence[Tensor]) -> bool:
+    """Whether all of some scalars are finite; waits for each device once."""
     by_device: dict[torch.device, list[Tensor]] = {}
-    for tensor in tensors:
-        if tensor is not None and tensor.numel():
-            by_device.setdefault(tensor.device, []).append(tensor.detach())
-    # A largest absolute value cannot overflow, unlike a sum of squares, and it carries NaN along.
-    norms = (torch._foreach_norm(group, math.inf) for group in by_device.values())
-    return all(bool(torch.stack([n.float() for n in found]).isfinite().all()) for found in norms)
+    for value in values:
+        by_device.setdefault(value.device, []).append(value)
+    return all(bool(torch.stack(group).isfinite().all()) for group in by_device.values())
 
 
 def _zeros_float32(parameter: Tensor) -> Tensor:
