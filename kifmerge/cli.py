@@ -95,6 +95,10 @@ def run(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Replace an option of the recipe."),
     ] = None,
+    nonfinite: Annotated[
+        str | None,
+        typer.Option(metavar="skip|raise", help="Steps whose gradient is not finite."),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted or an extended run.")
     ] = False,
@@ -110,7 +114,8 @@ def run(
     from kifmerge.display import ProgressDisplay
     from kifmerge.recipe import load_recipe
 
-    loaded = load_recipe(recipe, settings or [])
+    chosen = [f"recurrent.nonfinite={nonfinite}"] if nonfinite is not None else []
+    loaded = load_recipe(recipe, [*(settings or []), *chosen])
     if dry_run:
         _print_mapping(loaded.as_dict(), json_output=json_output)
         return

@@ -307,3 +307,16 @@ class TestInterrupt:
         assert stderr == "kifmerge: interrupted; finished stages are kept\n"
         assert (out / "start/seed-0/01-colours/stage.json").exists()
         assert not list(out.rglob(".unfinished-*"))
+
+
+@pytest.mark.parametrize("choice", ["skip", "raise"])
+def test_nonfinite_gradients_have_an_option_of_their_own(recipe_path, tmp_path, choice):
+    arguments = ("run", recipe_path, "--out", tmp_path / "run", "--nonfinite", choice)
+    result = invoke(*arguments, "--dry-run", "--json")
+    assert json.loads(result.stdout)["recurrent"]["nonfinite"] == choice
+
+
+def test_nonfinite_choice_that_does_not_exist_is_refused(recipe_path, tmp_path):
+    result = invoke("run", recipe_path, "--out", tmp_path / "run", "--nonfinite", "ignore")
+    assert result.exit_code == 3
+    assert "recurrent.nonfinite" in result.stderr
