@@ -24,18 +24,25 @@ HEAD_NAME = "classifier"
 
 
 class MeanPooledClassifierConfig(PreTrainedConfig):
-    """Configuration: the encoder's own, plus labels."""
+    """Configuration: the encoder's own, labels, and whether the mean is normalised."""
 
     model_type = "mean_pooled_classifier"
     has_no_defaults_at_init = True
 
-    def __init__(self, encoder: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, encoder: dict[str, Any] | None = None, normalised: bool = False, **kwargs: Any
+    ) -> None:
         self.encoder = encoder or {}
+        self.normalised = normalised
         super().__init__(**kwargs)
 
 
 class MeanPooledClassifier(PreTrainedModel):
     """Encoder, mean of the last hidden states over the attended tokens, one linear layer.
+
+    With ``normalised`` the mean is brought to mean 0 and variance 1 over its features (layer
+    normalisation without parameters) before the linear layer, so that the head learns at the same
+    pace whatever the scale of the encoder's features.
 
     Args:
         config: with the encoder's configuration as a dictionary.
@@ -79,6 +86,8 @@ class MeanPooledClassifier(PreTrainedModel):
             attention_mask = torch.ones(hidden.shape[:2], device=hidden.device)
         weights = attention_mask.unsqueeze(-1).to(hidden.dtype)
         pooled = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1.0)
+        if self.config.normalised:
+            pooled = nn.functional.layer_norm(pooled, pooled.shape[-1:])
         logits = self.classifier(pooled)
         loss = None if labels is None else nn.functional.cross_entropy(logits.float(), labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)

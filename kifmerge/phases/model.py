@@ -37,7 +37,7 @@ from kifmerge.phases.classifier import (
 from kifmerge.phases.tokenizer import TokenizerOptions
 
 Kind = Literal["causal-lm", "seq2seq-lm", "classifier"]
-Pooling = Literal["own", "mean"]
+Pooling = Literal["own", "mean", "normalised-mean"]
 
 PROVENANCE_FILE = "kifmerge.json"
 AUTO_CLASSES = {
@@ -74,7 +74,8 @@ class ModelOptions:
         reference: folder or Hub name of the base; None makes one from ``config``.
         config: transformers configuration of a model from scratch, with its ``model_type``.
         tokenizer: folder or Hub name if not the base's own, or how to train one from scratch.
-        pooling: of a classifier: ``own`` as its family does, or ``mean`` over the tokens.
+        pooling: of a classifier: ``own`` as its family does, the ``mean`` over the tokens, or the
+            ``normalised-mean``, layer-normalised without parameters.
         lora: adapter options; None trains all parameters.
         max_tokens: of an input; longer ones are cut at the end.
         max_output_tokens: of an answer in training and generation.
@@ -207,11 +208,13 @@ def _load_base(
     config = AutoConfig.from_pretrained(reference)
     if options.dropout is not None:
         set_dropout(config, options.dropout)
-    if options.kind == "classifier" and options.pooling == "mean" and not has_head:
+    if options.kind == "classifier" and options.pooling != "own" and not has_head:
         encoder = AutoModel.from_pretrained(
             reference, config=config, dtype=options.dtype, use_safetensors=True
         )
-        pooled = MeanPooledClassifierConfig(encoder=encoder.config.to_dict())
+        pooled = MeanPooledClassifierConfig(
+            encoder=encoder.config.to_dict(), normalised=options.pooling == "normalised-mean"
+        )
         _set_labels(pooled, labels)
         return MeanPooledClassifier(pooled, encoder)
     if options.kind == "classifier":

@@ -48,6 +48,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 MADE = {
     "mean": ModelOptions(kind="classifier", config=CONFIGS["bert"], pooling="mean", dropout=0.0),
+    "normalised-mean": ModelOptions(
+        kind="classifier", config=CONFIGS["bert"], pooling="normalised-mean", dropout=0.0
+    ),
     "own": ModelOptions(kind="classifier", config=CONFIGS["bert"], pooling="own", dropout=0.0),
     "llama-own": ModelOptions(kind="classifier", config=CONFIGS["llama"]),
     "causal-lm": ModelOptions(
@@ -64,6 +67,7 @@ MADE = {
 }
 TARGETS = {
     "mean": ["query", "value"],
+    "normalised-mean": ["query", "value"],
     "own": ["query", "value"],
     "llama-own": ["q_proj", "v_proj"],
     "causal-lm": ["q_proj", "v_proj"],
@@ -211,6 +215,15 @@ class TestSaveAndLoad:
             with torch.no_grad():
                 alone = loaded.model(**batch).logits[0]
             assert torch.allclose(alone, together[row], atol=1e-6)
+
+    def test_normalised_mean_does_not_depend_on_the_scale_of_the_encoder(self, bases):
+        loaded = load_model(bases["normalised-mean"], ["a", "b"], seed=0)
+        before = logits(loaded)
+        norm = loaded.model.encoder.encoder.layer[-1].output.LayerNorm
+        with torch.no_grad():
+            norm.weight.mul_(8.0)
+            norm.bias.mul_(8.0)
+        assert torch.allclose(logits(loaded), before, atol=1e-4)
 
 
 class TestHead:
