@@ -88,10 +88,10 @@ class RecurrentRounds:
         self._inner: dict[str, Tensor] = {}
 
     def observe(self, role: Role) -> None:
-        """Take one step's weights and gradients into the importance of ``role``."""
+        """Take one step's weights and finite gradients into the importance of ``role``."""
         if role in self.accumulators:
             live = self._parameters.values()
-            self.accumulators[role].update(list(live), [p.grad for p in live])
+            self.accumulators[role].accumulate(list(live), [p.grad for p in live])
 
     def begin_outer(self) -> None:
         """Remember theta_q: the inner steps of this round are over."""

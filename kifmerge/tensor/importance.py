@@ -103,13 +103,17 @@ class ImportanceAccumulator:
         if not all_finite(gradients):
             self.num_skipped += 1
             return False
+        self.accumulate(weights, gradients)
+        return True
+
+    def accumulate(self, weights: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+        """Take in one step whose gradients are known to be finite; see :meth:`update`."""
         with torch.no_grad():
             for group in _groups(
                 list(self.sensitivity.values()), list(self.uncertainty.values()), weights, gradients
             ):
                 self._update_group(*group)
         self.num_steps += 1
-        return True
 
     def _update_group(
         self,
