@@ -93,12 +93,12 @@ def test_typer_carries_its_own_click(module):
 
 def test_command_line_is_light(module):
     name, tree = module
-    if name not in ("cli", "__main__", "errors", FACADE):
+    if name not in ("__main__", "errors", FACADE) and not name.startswith("cli."):
         return
     top = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
     assert not outside(ast.Module(top, [])) & HEAVY
     ours = {target for _, target in imported(ast.Module(top, [])) if target.startswith("kifmerge.")}
-    assert ours <= {"kifmerge.errors", "kifmerge.cli"}
+    assert all(target == "kifmerge.errors" or "kifmerge.cli" in target for target in ours)
 
 
 def test_private_names_stay_at_home(module):

@@ -1,73 +1,20 @@
-"""The command line: parsing and printing, nothing else.
-
-Heavy libraries are imported inside the commands, so that ``--help`` answers at once.
-"""
+"""Commands for a whole sequence of tasks: demo, run, report."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-import typer.core
 
-from kifmerge.errors import EXIT_INTERRUPTED, KifmergeError
+from kifmerge.cli.options import JobsOption, JsonOption, OverwriteOption, QuietOption
+from kifmerge.cli.output import print_mapping
 
 if TYPE_CHECKING:
     from kifmerge.phases.report import Report
 
 
-class _ErrorMapping(typer.core.TyperGroup):
-    """Prints an error of ours as a message and exits with its code; bugs keep their traceback."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except KifmergeError as error:
-            typer.echo(f"kifmerge: {error}", err=True)
-            raise typer.Exit(error.exit_code) from error
-        except KeyboardInterrupt as error:
-            typer.echo("kifmerge: interrupted; finished stages are kept", err=True)
-            raise typer.Exit(EXIT_INTERRUPTED) from error
-
-
-app = typer.Typer(
-    cls=_ErrorMapping,
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    help="Learn task after task without forgetting; fuse checkpoints by importance.",
-)
-
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
-JobsOption = Annotated[
-    int, typer.Option("--jobs", min=1, help="Methods and seeds at once, each in its own process.")
-]
-OverwriteOption = Annotated[
-    bool, typer.Option("--overwrite", help="Remove an earlier run in the folder first.")
-]
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"kifmerge {importlib.metadata.version('kifmerge')}")
-        raise typer.Exit
-
-
-@app.callback()
-def _main_options(
-    version: Annotated[
-        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print it.")
-    ] = False,
-) -> None:
-    pass
-
-
-@app.command()
 def demo(
     out: Annotated[
         Path | None, typer.Option(help="Keep tasks, recipe and run here; else they are removed.")
@@ -87,7 +34,6 @@ def demo(
     _print_report(report, json_output=json_output, overview=True)
 
 
-@app.command()
 def run(
     recipe: Annotated[Path, typer.Argument(help="Recipe in YAML.")],
     out: Annotated[Path, typer.Option(help="Run folder to make.")],
@@ -117,7 +63,7 @@ def run(
     chosen = [f"recurrent.nonfinite={nonfinite}"] if nonfinite is not None else []
     loaded = load_recipe(recipe, [*(settings or []), *chosen])
     if dry_run:
-        _print_mapping(loaded.as_dict(), json_output=json_output)
+        print_mapping(loaded.as_dict(), json_output=json_output)
         return
     from kifmerge.run import run_recipe
 
@@ -134,7 +80,6 @@ def run(
     _print_report(report, json_output=json_output)
 
 
-@app.command()
 def report(
     run_dir: Annotated[Path, typer.Argument(help="Folder that kifmerge run made.")],
     json_output: JsonOption = False,
@@ -153,17 +98,3 @@ def _print_report(found: Report, *, json_output: bool, overview: bool = False) -
     from kifmerge.phases.report import overview_table, report_tables
 
     print_tables([overview_table(found)] if overview else report_tables(found))
-
-
-def _print_mapping(content: dict[str, Any], *, json_output: bool) -> None:
-    if json_output:
-        typer.echo(json.dumps(content, indent=2))
-        return
-    import yaml
-
-    typer.echo(yaml.safe_dump(content, sort_keys=False), nl=False)
-
-
-def main() -> None:
-    """Entry point of the ``kifmerge`` command."""
-    app()
