@@ -37,21 +37,26 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def whole_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Give a temporary folder beside ``path``; on success flush all of it and rename it there.
 
+    With ``overwrite`` an earlier folder or file goes at that moment, and not before.
+
     Raises:
-        RunError: ``path`` exists already.
+        RunError: ``path`` exists already and holds something.
         TryAgainError: the disk is full.
     """
-    if path.exists():
+    is_empty = path.is_dir() and not any(path.iterdir())
+    if path.exists() and not is_empty and not overwrite:
         raise RunError(f"{path} exists already: it will not be overwritten")
     with _unfinished_folder(path) as folder:
-        temporary = folder / path.name
-        temporary.mkdir()
+        temporary = folder / "new" / path.name
+        temporary.mkdir(parents=True)
         yield temporary
         for inner in [*temporary.rglob("*"), temporary]:
             _flush(inner)
+        if path.exists():
+            path.rename(folder / "replaced")
         temporary.rename(path)
         _flush(path.parent)
 

@@ -8,7 +8,6 @@ importance.json          format and version, and what is known of model, task, r
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import safetensors.torch
 from torch import Tensor
 
 from kifmerge.checkpoint.atomic import whole_file, write_json
+from kifmerge.checkpoint.provenance import check_format, read_details
 from kifmerge.errors import CheckpointError
 from kifmerge.tensor.importance import Score, score
 
@@ -86,21 +86,10 @@ def read_snapshot(directory: Path | str) -> Snapshot:
     """
     directory = Path(directory)
     detail_path = directory / DETAIL_FILE
-    try:
-        details = json.loads(detail_path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{directory} holds no importance snapshot: no {DETAIL_FILE}"
-        ) from None
-    except ValueError as error:
-        raise CheckpointError(f"{detail_path}: not JSON ({error})") from error
-    if not isinstance(details, dict):
-        raise CheckpointError(f"{detail_path}: expected a JSON object")
-    if details.get("format") != FORMAT or details.get("version") != VERSION:
-        raise CheckpointError(
-            f"{detail_path}: expected format {FORMAT} version {VERSION}, "
-            f"found {details.get('format')} version {details.get('version')}"
-        )
+    details = read_details(detail_path)
+    if not details:
+        raise CheckpointError(f"{directory} holds no importance snapshot: no {DETAIL_FILE}")
+    check_format(details, FORMAT, VERSION, detail_path)
     try:
         with safetensors.safe_open(directory / TENSOR_FILE, framework="pt") as file:
             keys = list(file.keys())

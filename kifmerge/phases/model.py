@@ -7,7 +7,6 @@ A checkpoint written here is an ordinary transformers or PEFT folder with one mo
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from kifmerge.checkpoint.atomic import write_json
+from kifmerge.checkpoint.provenance import read_provenance, write_provenance
 from kifmerge.errors import CheckpointError, check_at_least
 from kifmerge.phases.classifier import (
     HEAD_NAME,
@@ -39,7 +38,6 @@ from kifmerge.phases.tokenizer import TokenizerOptions
 Kind = Literal["causal-lm", "seq2seq-lm", "classifier"]
 Pooling = Literal["own", "mean", "normalised-mean"]
 
-PROVENANCE_FILE = "kifmerge.json"
 AUTO_CLASSES = {
     "causal-lm": AutoModelForCausalLM,
     "seq2seq-lm": AutoModelForSeq2SeqLM,
@@ -130,11 +128,9 @@ class LoadedModel:
         """Write the model (or its adapter), tokenizer and ``kifmerge.json``."""
         self.model.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
-        write_json(
-            directory / PROVENANCE_FILE,
+        write_provenance(
+            directory,
             {
-                "format": "kifmerge.checkpoint",
-                "version": 1,
                 "kind": self.options.kind,
                 "pooling": self.options.pooling,
                 "base": self.options.reference,
@@ -146,8 +142,7 @@ class LoadedModel:
 
 def saved_labels(directory: Path) -> list[str]:
     """The labels that a checkpoint written by :meth:`LoadedModel.save` covers."""
-    provenance = json.loads((directory / PROVENANCE_FILE).read_text(encoding="utf-8"))
-    labels: list[str] = provenance["labels"]
+    labels: list[str] = read_provenance(directory)["labels"]
     return labels
 
 

@@ -137,8 +137,33 @@ def test_content_is_flushed_before_the_name_and_the_folder_after(tmp_path, monke
 
 def test_existing_folder_is_not_overwritten(tmp_path):
     (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "mine").touch()
     with pytest.raises(RunError, match="folder exists already"), whole_folder(tmp_path / "folder"):
         pytest.fail("the body must not run")
+    assert names(tmp_path / "folder") == ["mine"]
+
+
+def test_empty_folder_is_filled(tmp_path):
+    (tmp_path / "folder").mkdir()
+    with whole_folder(tmp_path / "folder") as temporary:
+        (temporary / "new").touch()
+    assert names(tmp_path / "folder") == ["new"]
+    assert names(tmp_path) == ["folder"]
+
+
+def test_overwritten_folder_goes_only_on_success(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "old").touch()
+    with (
+        pytest.raises(ValueError, match="no"),
+        whole_folder(tmp_path / "folder", overwrite=True) as temporary,
+    ):
+        (temporary / "new").touch()
+        raise ValueError("no")
+    assert names(tmp_path / "folder") == ["old"]
+    with whole_folder(tmp_path / "folder", overwrite=True) as temporary:
+        (temporary / "new").touch()
+    assert names(tmp_path / "folder") == ["new"]
     assert names(tmp_path) == ["folder"]
 
 
