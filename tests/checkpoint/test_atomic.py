@@ -154,12 +154,14 @@ def test_empty_folder_is_filled(tmp_path):
 def test_overwritten_folder_goes_only_on_success(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "old").touch()
-    with (
-        pytest.raises(ValueError, match="no"),
-        whole_folder(tmp_path / "folder", overwrite=True) as temporary,
-    ):
-        (temporary / "new").touch()
-        raise ValueError("no")
+
+    def fail():
+        with whole_folder(tmp_path / "folder", overwrite=True) as temporary:
+            (temporary / "new").touch()
+            raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        fail()
     assert names(tmp_path / "folder") == ["old"]
     with whole_folder(tmp_path / "folder", overwrite=True) as temporary:
         (temporary / "new").touch()
