@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import types
@@ -96,7 +97,15 @@ def load_recipe(path: Path | str, settings: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: with all mistakes found, and the nearest key for each unknown one.
     """
-    path = Path(path)
+    return parse_recipe(with_settings(read_content(Path(path)), settings), str(path))
+
+
+def read_content(path: Path) -> dict[str, Any]:
+    """The mapping that a recipe file holds, its ``data_dir`` relative to the file.
+
+    Raises:
+        RecipeError: the file cannot be read, or holds no YAML mapping.
+    """
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
     except OSError as error:
@@ -107,11 +116,15 @@ def load_recipe(path: Path | str, settings: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"{path}: expected a mapping of options")
-    content = dict(content)
-    content["data_dir"] = str(path.parent / str(content.get("data_dir") or ""))
+    return {**content, "data_dir": str(path.parent / str(content.get("data_dir") or ""))}
+
+
+def with_settings(content: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
+    """A recipe's content with ``key.key=value`` settings applied, the content itself unchanged."""
+    changed = copy.deepcopy(dict(content))
     for setting in settings:
-        _apply(content, setting)
-    return parse_recipe(content, str(path))
+        _apply(changed, setting)
+    return changed
 
 
 def parse_recipe(content: Mapping[str, Any], origin: str) -> Recipe:
