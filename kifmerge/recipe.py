@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ import yaml
 from kifmerge.errors import RecipeError, check_at_least, problem_list
 from kifmerge.phases.model import ModelOptions
 from kifmerge.phases.presets import PRESETS, RecurrentOptions
-from kifmerge.phases.sequence import MethodName, SequenceOptions, TaskOptions
+from kifmerge.phases.sequence import MethodName, SequenceOptions
+from kifmerge.phases.tasks import TaskOptions
 from kifmerge.phases.train import TrainingOptions
 
 DEFAULT_PRESET = "kifmerge"
@@ -49,7 +50,7 @@ class Recipe:
     Attributes:
         name: of the experiment, for its report.
         model: what is trained.
-        tasks: in the order of learning.
+        tasks: in the order of learning; in YAML ``orders`` may name several, and ``order`` choose.
         methods: each run under every seed.
         seeds: of initialisation, row order and memory.
         training: optimization of each task.
@@ -130,7 +131,11 @@ def with_settings(content: Mapping[str, Any], settings: Sequence[str]) -> dict[s
 def parse_recipe(content: Mapping[str, Any], origin: str) -> Recipe:
     """Check a recipe's content; see :func:`load_recipe`."""
     content = dict(content)
-    problems = list(_unknown_keys(content, Recipe, extra={"recurrent": {"preset"}}))
+    more_keys = {"": {"orders", "order"}, "recurrent": {"preset"}}
+    problems = list(_unknown_keys(content, Recipe, extra=more_keys))
+    orders, order = content.pop("orders", None), content.pop("order", None)
+    orders = {} if orders is None else orders
+    problems += _order_problems(orders, order, content.get("tasks"))
     try:
         content["recurrent"] = _with_preset(content.get("recurrent"))
     except ValueError as error:
@@ -147,7 +152,7 @@ def parse_recipe(content: Mapping[str, Any], origin: str) -> Recipe:
         raise RecipeError(problem_list(f"the recipe {origin} cannot be used", problems))
     return dataclasses.replace(
         recipe,
-        tasks=[_located(task, recipe) for task in recipe.tasks],
+        tasks=[_located(task, recipe) for task in _in_order(recipe.tasks, orders, order)],
         model=_located_model(recipe.model),
     )
 
@@ -160,6 +165,52 @@ def _with_preset(section: Any) -> dict[str, Any]:
     if not isinstance(name, str) or name not in PRESETS:
         raise ValueError(f"recurrent.preset: {name!r} is none of {', '.join(PRESETS)}")
     return {**dataclasses.asdict(PRESETS[name]), **section}
+
+
+def _order_problems(orders: Any, order: Any, tasks: Any) -> Iterator[str]:
+    """What is wrong with the named orders, each of which takes every task once, and the choice."""
+    if not isinstance(orders, Mapping):
+        yield f"orders: expected a name for each list of tasks, found {orders!r}"
+        return
+    names = [str(name) for name in orders]  # a number is as good a name, quoted or not
+    for name in _repeated(names):
+        yield f"orders: two are named {name!r}"
+    if order is not None and str(order) not in names:
+        hint = _hint(order, names) if names else ": the recipe has no orders"
+        yield f"order: {str(order)!r} is unknown{hint}"
+    for name, listed in orders.items():
+        if not isinstance(listed, list) or not all(isinstance(task, str) for task in listed):
+            yield f"orders.{name}: expected a list of tasks' names, found {listed!r}"
+            continue
+        yield from (f"orders.{name}: {problem}" for problem in _list_problems(listed, tasks))
+
+
+def _list_problems(listed: list[str], tasks: Any) -> Iterator[str]:
+    for task in _repeated(listed):
+        yield f"{task!r} is named twice"
+    try:
+        known = [str(task["name"]) for task in tasks]
+    except (TypeError, KeyError):
+        return  # what is wrong with the tasks is told of them
+    for task in dict.fromkeys(listed):
+        if known and task not in known:
+            yield f"{task!r} is no task{_hint(task, known)}"
+    missing = [repr(task) for task in known if task not in listed]
+    if missing:
+        yield f"leaves out {', '.join(missing)}"
+
+
+def _repeated(names: Sequence[str]) -> list[str]:
+    return sorted({name for name in names if names.count(name) > 1})
+
+
+def _in_order(tasks: list[TaskOptions], orders: Mapping[Any, Any], order: Any) -> list[TaskOptions]:
+    """The tasks in the chosen order; as they are listed if none is chosen."""
+    if order is None:
+        return tasks
+    by_name = {task.name: task for task in tasks}
+    lists = {str(name): listed for name, listed in orders.items()}
+    return [by_name[name] for name in lists[str(order)]]
 
 
 def _located(task: TaskOptions, recipe: Recipe) -> TaskOptions:
@@ -186,7 +237,7 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
     names = [task.name for task in recipe.tasks]
     if not names:
         yield "tasks: expected at least one"
-    for name in sorted({name for name in names if names.count(name) > 1}):
+    for name in _repeated(names):
         yield f"tasks: two are named {name!r}"
     for name in names:
         if not name or name.startswith(".") or "/" in name:
@@ -218,11 +269,13 @@ def _unknown_keys(
         if key in known:
             yield from _unknown_keys(value, hints.get(key), extra=extra, place=full)
         else:
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-            hint = (
-                f": did you mean {near[0]}?" if near else f": known are {', '.join(sorted(known))}"
-            )
-            yield f"{full}: unknown key{hint}"
+            yield f"{full}: unknown key{_hint(key, known)}"
+
+
+def _hint(name: Any, known: Collection[str]) -> str:
+    """The nearest known name, or all of them."""
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    return f": did you mean {near[0]}?" if near else f": known are {', '.join(sorted(known))}"
 
 
 def _dataclass_in(kind: Any) -> Any:

@@ -29,12 +29,11 @@ from kifmerge.phases.report import Report, as_csv, as_markdown
 from kifmerge.phases.sequence import (
     METHODS,
     STAGE_FILE,
-    Task,
     at_once_folder,
-    check_rows,
     method_stages,
     prediction_path,
 )
+from kifmerge.phases.tasks import Task, check_rows
 from kifmerge.recipe import Recipe, parse_recipe
 from kifmerge.tensor.metrics import Cell
 from kifmerge.trials import START, OnMoment, Trial, run_trials

@@ -65,7 +65,7 @@ def test_every_recipe_is_in_the_readme_and_the_other_way_round():
 def test_the_example_mapping_of_the_readme_is_a_task():
     import yaml
 
-    from kifmerge.phases.sequence import TaskOptions
+    from kifmerge.phases.tasks import TaskOptions
 
     (block,) = blocks("yaml")
     for task in yaml.safe_load(block)["tasks"]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -57,8 +60,22 @@ class MemoryBatches:
         return chosen
 
 
+def share_of_rank(rows: Sequence[int], rank: int, num_ranks: int) -> list[int]:
+    """Rows of one process; every process gets as many, from the start again where they run out.
+
+    >>> [share_of_rank([7, 3, 5], rank, 2) for rank in range(2)]
+    [[7, 5], [3, 7]]
+    """
+    num_rows = -(-len(rows) // num_ranks)
+    return [rows[(rank + i * num_ranks) % len(rows)] for i in range(num_rows)]
+
+
 class RecurrentLoop:
     """Drives the rounds with the Trainer's own training step, clipping and optimizer.
+
+    In a process group every process holds the whole of the model (DDP) and makes every step: each
+    runs its share of a memory batch, gradients are averaged as in any training step, and so all
+    processes find the same importance, masks and weights without further talk.
 
     Attributes:
         options: of the loop.
@@ -84,7 +101,8 @@ class RecurrentLoop:
         self._trainer = trainer
         self._memory = memory
         self._guard = guard
-        self._batches = self._random_batches() if memory_batches is None else memory_batches
+        self._given_batches = memory_batches
+        self._batches: Sequence[list[int]] | MemoryBatches = []
         self._num_outer_steps = 0
         self._step_is_good = True
         self._parameters: dict[str, nn.Parameter] = {}
@@ -92,11 +110,13 @@ class RecurrentLoop:
         self._outer_optimizer: torch.optim.Optimizer | None = None
 
     def _random_batches(self) -> MemoryBatches:
-        args = self._trainer.args
-        batch_size = self.options.outer_batch_size or (
-            args.per_device_train_batch_size * args.gradient_accumulation_steps
+        trainer = self._trainer
+        inner_batch_size = trainer.get_total_train_batch_size(trainer.args)
+        return MemoryBatches(
+            len(self._memory),
+            self.options.outer_batch_size or inner_batch_size,
+            trainer.args.seed,
         )
-        return MemoryBatches(len(self._memory), batch_size, args.seed)
 
     @property
     def rounds(self) -> RecurrentRounds:
@@ -109,6 +129,8 @@ class RecurrentLoop:
         trainer = self._trainer
         self._parameters = trained_parameters(trainer.accelerator.unwrap_model(trainer.model))
         self._rounds = RecurrentRounds(self._parameters, self.options)
+        given = self._given_batches
+        self._batches = self._random_batches() if given is None else given
         self.inner_steps, self.is_settled, self._num_outer_steps = 0, True, 0
         self.done.clear()
         if self.options.outer_optimizer == "separate":
@@ -156,15 +178,26 @@ class RecurrentLoop:
 
     def finish_round(self) -> None:
         """Make the outer steps on memory and fuse."""
+        self._leave_half_step()
         self.rounds.begin_outer()
         losses = [self._outer_step() for _ in range(self.options.outer_steps)]
-        done = self.rounds.fuse(
-            inner_steps=self.inner_steps,
-            outer_steps=len(losses),
-            outer_loss=float(torch.stack(losses).mean()),
-        )
+        outer_loss = self._trainer.accelerator.reduce(torch.stack(losses).mean(), "mean")
+        with _warnings_from(self._trainer.is_world_process_zero()):
+            done = self.rounds.fuse(
+                inner_steps=self.inner_steps,
+                outer_steps=len(losses),
+                outer_loss=float(outer_loss),
+            )
         self.done.append(done)
         self.inner_steps, self.is_settled = 0, True
+
+    def _leave_half_step(self) -> None:
+        """Let go of an accumulation that a stop cut short: outer steps are whole steps.
+
+        Its gradients are each process's own, and the optimizer would not step.
+        """
+        self._trainer.model_wrapped.zero_grad()
+        self._trainer.accelerator.gradient_state._set_sync_gradients(True)
 
     def _outer_step(self) -> Tensor:
         trainer = self._trainer
@@ -199,7 +232,8 @@ class RecurrentLoop:
                 f"memory_batches holds {self._num_outer_steps} batches: "
                 f"outer step {self._num_outer_steps + 1} needs another"
             ) from None
-        return collate([self._memory[row] for row in rows])
+        own = share_of_rank(rows, trainer.args.process_index, trainer.args.world_size)
+        return collate([self._memory[row] for row in own])
 
     def _backward(self, batch: Any) -> Tensor:
         """Forward and backward of one memory batch, with the loss weighted as the options say."""
@@ -210,9 +244,10 @@ class RecurrentLoop:
         inner_divisor = trainer.current_gradient_accumulation_steps
         trainer.current_gradient_accumulation_steps = divisor
         try:
-            loss = trainer.training_step(
-                trainer.model_wrapped, batch, None if num_items is None else num_items * divisor
-            )
+            with _unlogged(trainer):
+                loss = trainer.training_step(
+                    trainer.model_wrapped, batch, None if num_items is None else num_items * divisor
+                )
         finally:
             trainer.current_gradient_accumulation_steps = inner_divisor
         return loss.detach() * divisor
@@ -236,6 +271,7 @@ class RecurrentLoop:
             **self.rounds.counters(),
             "num_outer_steps": self._num_outer_steps,
             "num_nonfinite_steps": self._guard.num_skipped,
+            "rounds": [done.as_dict() for done in self.done],
             "options": self._recorded_options(),
         }
         write_json(directory / STATE_COUNTERS, counters)
@@ -260,8 +296,35 @@ class RecurrentLoop:
             ) from error
         self._num_outer_steps = counters["num_outer_steps"]
         self._guard.num_skipped = counters["num_nonfinite_steps"]
+        self.done.extend(Round(**done) for done in counters["rounds"])
         if self._outer_optimizer is not None:
             _restore_optimizer(self._outer_optimizer, optimizer)
+
+
+@contextmanager
+def _unlogged(trainer: Trainer) -> Iterator[None]:
+    """Keep memory batches out of what some Trainers (TRL's) note for their logs in the loss."""
+    noted = {
+        n: getattr(trainer, n) for n in ("_metrics", "_total_train_tokens") if hasattr(trainer, n)
+    }
+    for name, value in noted.items():
+        setattr(trainer, name, copy.deepcopy(value))
+    try:
+        yield
+    finally:
+        for name, value in noted.items():
+            setattr(trainer, name, value)
+
+
+@contextmanager
+def _warnings_from(speaks: bool) -> Iterator[None]:
+    """One process speaks for all: the others know the same and say nothing."""
+    if speaks:
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 _OPTIMIZER_PREFIX = "outer_optimizer/"

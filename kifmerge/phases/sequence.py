@@ -5,6 +5,7 @@ renamed into place only when it is whole:
 
     00-before/                checkpoint/  predictions/TASK.jsonl  stage.json
     01-TASK/ ... NN-TASK/     the same, and memory.jsonl: the rows kept of this task
+    NN-TASK.training/         while a task is being trained: its latest checkpoint
 
 Stages 0 and 1 are the same for all methods (the first task has no memory and is plain training)
 and are made once, by :func:`run_start`. Whatever exists is not made again, so that the same call
@@ -13,22 +14,26 @@ resumes an interrupted sequence, and goes on from a finished one that was given 
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from kifmerge.checkpoint.atomic import remove_unfinished, whole_folder, write_json
-from kifmerge.errors import DataError
-from kifmerge.phases.data import DataOptions, Example, labels_met, read_examples, write_examples
-from kifmerge.phases.evaluate import Metric, predict, write_predictions
+from kifmerge.phases.data import DataOptions, Example, read_examples, write_examples
+from kifmerge.phases.evaluate import predict, write_predictions
 from kifmerge.phases.memory import select_memory
-from kifmerge.phases.model import Kind, LoadedModel, ModelOptions, load_model, saved_labels
+from kifmerge.phases.model import LoadedModel, ModelOptions, load_model, saved_labels
 from kifmerge.phases.presets import RecurrentOptions, Rule
+from kifmerge.phases.resumable import CHECKPOINT, STATE, newest_step
 from kifmerge.phases.scratch import make_base
+from kifmerge.phases.state import OPTIMIZER_FILE
+from kifmerge.phases.state import STATE_FILE as TRAINER_STATE_FILE
+from kifmerge.phases.tasks import Task, TaskOptions
 from kifmerge.phases.train import (
     Progress,
+    TrainingFolders,
     TrainingOptions,
     TrainingRecord,
     train_task,
@@ -37,8 +42,8 @@ from kifmerge.phases.train import (
 
 BEFORE = "before"
 ALL_TASKS = "all-tasks"
-CHECKPOINT = "checkpoint"
 PREDICTIONS = "predictions"
+OPTIMIZER = "optimizer"
 MEMORY_FILE = "memory.jsonl"
 STAGE_FILE = "stage.json"
 
@@ -77,84 +82,6 @@ METHODS: Mapping[str, Method] = {
     "recurrent-kif-adaptive": Method("outer", "recurrent-kif-adaptive"),
     "multitask": Method("unused", at_once=True),
 }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TaskOptions:
-    """One task of a sequence.
-
-    Attributes:
-        name: used in folders and tables.
-        train: source of the training rows (see :func:`kifmerge.phases.data.read_examples`).
-        test: source of the test rows.
-        columns: template per form key, where the source's own columns do not fit.
-        labels: declared labels; empty takes those met in the training rows.
-        train_rows: a fixed random sample of so many; None takes all.
-        test_rows: likewise.
-        metric: of language models: ``exact-match`` or ``rouge-l``.
-    """
-
-    name: str
-    train: str
-    test: str
-    columns: Mapping[str, str] | None = None
-    labels: Sequence[str] = ()
-    train_rows: int | None = None
-    test_rows: int | None = None
-    metric: Metric = "exact-match"
-
-
-class Task:
-    """A task with its rows, read when first needed."""
-
-    def __init__(self, options: TaskOptions) -> None:
-        self.options = options
-        self.name = options.name
-
-    @cached_property
-    def train(self) -> list[Example]:
-        """Training rows."""
-        return self._read(self.options.train, self.options.train_rows, self.options.labels)
-
-    @cached_property
-    def test(self) -> list[Example]:
-        """Test rows; their labels must be among the task's."""
-        return self._read(self.options.test, self.options.test_rows, self.options.labels)
-
-    @cached_property
-    def labels(self) -> list[str]:
-        """Declared labels, or those met in the training rows, sorted."""
-        return list(self.options.labels) or sorted(labels_met(self.train))
-
-    def _read(self, source: str, num_rows: int | None, labels: Sequence[str]) -> list[Example]:
-        columns = self.options.columns or {}
-        return read_examples(source, DataOptions(columns=columns, labels=labels, num_rows=num_rows))
-
-
-def check_rows(tasks: Sequence[TaskOptions], kind: Kind) -> None:
-    """Read all rows of all tasks, so that what is wrong with any of them shows at once.
-
-    Raises:
-        DataError: with the problems of all sources; for a classifier also when a test row's label
-            is not among the task's, and could never be answered.
-    """
-    problems = []
-    for task in map(Task, tasks):
-        for part in ("train", "test"):
-            try:
-                getattr(task, part)
-            except DataError as error:
-                problems.append(str(error))
-        if kind == "classifier" and not problems:
-            strange = sorted(set(labels_met(task.test)) - set(task.labels))
-            if strange:
-                names = ", ".join(map(repr, strange))
-                problems.append(
-                    f"{task.options.test}: labels {names} are not among those of "
-                    f"task {task.name}: {', '.join(task.labels)}"
-                )
-    if problems:
-        raise DataError("\n".join(problems))
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,8 +139,7 @@ class TaskSequence:
         if not stages[0].exists():
             self._finish_stage(stages[0], self._load(None), BEFORE)
         if not stages[1].exists():
-            loaded = self._load(stages[0] / CHECKPOINT)
-            self._train_stage(stages[1], loaded, METHODS["sequential"], 1, [])
+            self._train_stage(stages, METHODS["sequential"], 1)
         self._fill_in(stages)
 
     def run_method(self, method: Method, directory: Path) -> None:
@@ -224,36 +150,27 @@ class TaskSequence:
             self._run_at_once(method, directory)
             return
         stages = method_stages(self._start_dir, directory, self.tasks)
-        loaded: LoadedModel | None = None
         for number in range(2, len(stages)):
-            if stages[number].exists():
-                loaded = None
-                continue
-            loaded = loaded or self._load(stages[number - 1] / CHECKPOINT)
-            self._train_stage(stages[number], loaded, method, number, stages[1:number])
+            if not stages[number].exists():
+                self._train_stage(stages, method, number)
         self._fill_in(stages[2:])
 
     def _run_at_once(self, method: Method, directory: Path) -> None:
         folder = at_once_folder(directory, self.tasks)
         if not folder.exists():
-            loaded = self._load(stage_folders(self._start_dir, [])[0] / CHECKPOINT)
             rows = [example for task in self.tasks for example in task.train]
-            record = self._train(loaded, ALL_TASKS, rows, [], method, stage=1)
+            before = stage_folders(self._start_dir, [])[0]
+            loaded, record = self._train(folder, before, rows, [], method, stage=1)
             self._finish_stage(folder, loaded, ALL_TASKS, record=record)
 
-    def _train_stage(
-        self,
-        folder: Path,
-        loaded: LoadedModel,
-        method: Method,
-        number: int,
-        earlier_stages: Sequence[Path],
-    ) -> None:
+    def _train_stage(self, stages: Sequence[Path], method: Method, number: int) -> None:
+        """Make stage ``number``, all before it being there."""
         task = self.tasks[number - 1]
-        memory = [] if method.memory == "unused" else self._remembered(earlier_stages)
+        memory = [] if method.memory == "unused" else self._remembered(stages[1:number])
         rows = task.train + (memory if method.memory == "mixed" else [])
         outer = memory if method.memory == "outer" else []
-        record = self._train(loaded, task.name, rows, outer, method, stage=number)
+        folder = stages[number]
+        loaded, record = self._train(folder, stages[number - 1], rows, outer, method, stage=number)
         kept = select_memory(
             task.train, self._options.memory_fraction, seed=self._stage_seed(number)
         )
@@ -271,14 +188,17 @@ class TaskSequence:
 
     def _train(
         self,
-        loaded: LoadedModel,
-        name: str,
+        folder: Path,
+        before: Path,
         rows: Sequence[Example],
         memory: Sequence[Example],
         method: Method,
         *,
         stage: int,
-    ) -> TrainingRecord:
+    ) -> tuple[LoadedModel, TrainingRecord]:
+        """Train the model of the stage ``before``, or go on where an interruption left it."""
+        name = folder.name.partition("-")[2]
+
         def on_progress(progress: Progress) -> None:
             self._on_moment(
                 Moment(
@@ -291,16 +211,23 @@ class TaskSequence:
                 )
             )
 
-        recurrent = self._options.recurrent
-        return train_task(
+        options = self._options
+        step_dir = training_folder(folder)
+        optimizer_dir = before / OPTIMIZER
+        loaded = self._load((newest_step(step_dir) or before) / CHECKPOINT)
+        record = train_task(
             loaded,
             rows,
             memory,
-            self._options.training,
-            replace(recurrent, rule=method.rule) if method.rule else recurrent,
+            options.training,
+            replace(options.recurrent, rule=method.rule) if method.rule else options.recurrent,
             seed=self._stage_seed(stage),
+            folders=TrainingFolders(
+                steps=step_dir, optimizer=optimizer_dir if optimizer_dir.exists() else None
+            ),
             on_progress=on_progress,
         )
+        return loaded, record
 
     def _finish_stage(
         self,
@@ -313,12 +240,23 @@ class TaskSequence:
     ) -> None:
         with whole_folder(folder) as temporary:
             loaded.save(temporary / CHECKPOINT)
+            if record is not None and self._options.training.optimizer_state == "kept":
+                self._keep_optimizer(folder, temporary / OPTIMIZER)
             if memory is not None:
                 write_examples(temporary / MEMORY_FILE, memory)
             for task in self.tasks:
                 self._predict(loaded, task, temporary)
             details = _stage_details(name, self._seed, record)
             write_json(temporary / STAGE_FILE, {**details, "memory_rows": len(memory or [])})
+        shutil.rmtree(training_folder(folder), ignore_errors=True)
+
+    def _keep_optimizer(self, folder: Path, directory: Path) -> None:
+        """Copy what the next task's optimizer begins with from the last step's state."""
+        last = newest_step(training_folder(folder))
+        assert last is not None
+        directory.mkdir()
+        for name in (OPTIMIZER_FILE, TRAINER_STATE_FILE):
+            shutil.copyfile(last / STATE / name, directory / name)
 
     def _fill_in(self, stages: Sequence[Path]) -> None:
         """Evaluate finished stages on tasks that were added since."""
@@ -373,6 +311,11 @@ def stage_folders(directory: Path, tasks: Sequence[Task]) -> list[Path]:
 def method_stages(start_dir: Path, method_dir: Path, tasks: Sequence[Task]) -> list[Path]:
     """All stages of a method: the shared start, then its own."""
     return stage_folders(start_dir, tasks[:1]) + stage_folders(method_dir, tasks)[2:]
+
+
+def training_folder(stage: Path) -> Path:
+    """Where the training of a stage keeps its checkpoints until the stage is finished."""
+    return stage.with_name(f"{stage.name}.training")
 
 
 def at_once_folder(method_dir: Path, tasks: Sequence[Task]) -> Path:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -19,13 +19,16 @@ from transformers import (
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
+from kifmerge.checkpoint.provenance import read_details
 from kifmerge.errors import check_at_least
 from kifmerge.phases.data import Example
 from kifmerge.phases.encode import collator, training_features
+from kifmerge.phases.loop import STATE_COUNTERS
 from kifmerge.phases.model import LoadedModel
 from kifmerge.phases.presets import RecurrentOptions
 from kifmerge.phases.recurrent import Round
-from kifmerge.phases.trainer import RecurrentTrainer
+from kifmerge.phases.resumable import STATE, ResumableTrainer, newest_step
+from kifmerge.phases.state import STATE_FILE, TRAINER_FILE, begin_with_optimizer, read_state
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +46,10 @@ class TrainingOptions:
         optimizer: transformers' name of it.
         weight_decay: of the optimizer.
         max_grad_norm: gradients are clipped to this norm; 0 does not clip.
+        optimizer_state: each task begins with a ``fresh`` optimizer, or with the moments ``kept``
+            from the task before; the learning rate follows its schedule anew either way.
+        save_steps: optimizer steps between two checkpoints that an interrupted training goes on
+            from; in the recurrent loop the end of the round is waited for.
         precision: ``float32``, or mixed with ``bf16`` or ``fp16``.
         device: ``auto`` takes an accelerator if there is one, ``cpu`` does not.
     """
@@ -57,13 +64,15 @@ class TrainingOptions:
     optimizer: str = "adamw_torch"
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    optimizer_state: Literal["fresh", "kept"] = "fresh"
+    save_steps: int = 200
     precision: Literal["float32", "bf16", "fp16"] = "float32"
     device: Literal["auto", "cpu"] = "auto"
 
     def __post_init__(self) -> None:
         """Refuse numbers out of range, and names that transformers does not know."""
         check_at_least(
-            self, max_steps=1, batch_size=1, accumulation=1, warmup_steps=0,
+            self, max_steps=1, batch_size=1, accumulation=1, warmup_steps=0, save_steps=1,
             learning_rate=0, weight_decay=0, max_grad_norm=0,
         )  # fmt: skip
         if self.epochs <= 0:
@@ -98,6 +107,19 @@ class TrainingRecord:
     rounds: list[Round] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingFolders:
+    """Folders of one training.
+
+    Attributes:
+        steps: keeps the latest checkpoint, at the end that of the last step.
+        optimizer: state of an earlier task whose optimizer this one begins with, if any.
+    """
+
+    steps: Path
+    optimizer: Path | None = None
+
+
 def train_task(
     loaded: LoadedModel,
     examples: Sequence[Example],
@@ -106,53 +128,97 @@ def train_task(
     recurrent: RecurrentOptions | None,
     *,
     seed: int,
+    folders: TrainingFolders,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> TrainingRecord:
-    """Train a model in place on the rows of one task.
+    """Train a model in place on the rows of one task, or go on where an interruption left it.
 
     Args:
-        loaded: the model; its trainable parameters change.
+        loaded: the model; its trainable parameters change. To go on it must hold the weights of
+            :func:`kifmerge.phases.resumable.newest_step`.
         examples: the new task's rows.
         memory: rows of earlier tasks for the outer steps; empty: plain training.
         options: optimization.
         recurrent: of the loop; None: plain training.
         seed: of row order, dropout and memory batches.
+        folders: where checkpoints are kept and found.
         on_progress: told after each optimizer step.
     """
     rows = training_features(loaded, examples)
     outer_rows = training_features(loaded, memory) if recurrent is not None else []
     watcher = _Watcher(on_progress)
-    with tempfile.TemporaryDirectory(prefix="kifmerge-") as scratch_dir:
-        trainer = RecurrentTrainer(
-            model=loaded.model,
-            args=training_arguments(options, seed=seed, output_dir=scratch_dir),
-            train_dataset=rows,
-            data_collator=collator(loaded),
-            callbacks=[watcher],
-            memory=outer_rows,
-            recurrent=recurrent,
-        )
-        trainer.remove_callback(PrinterCallback)
-        watcher.trainer = trainer
-        if loaded.options.kind != "causal-lm":
-            # These losses are means whatever the Trainer passes on, so that it must average
-            # accumulated micro-batches itself.
-            trainer.model_accepts_loss_kwargs = False
-        output = trainer.train()
-    return TrainingRecord(
-        num_steps=output.global_step,
-        num_outer_steps=sum(done.outer_steps for done in trainer.rounds),
-        num_nonfinite_steps=trainer.num_nonfinite_steps,
-        train_seconds=output.metrics["train_runtime"],
-        losses=[entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
-        rounds=trainer.rounds,
+    identity = {
+        "training": asdict(options),
+        "recurrent": asdict(recurrent) if recurrent is not None else None,
+        "seed": seed,
+        "rows": len(rows),
+        "memory_rows": len(outer_rows),
+    }
+    trainer = ResumableTrainer(
+        loaded=loaded,
+        step_dir=folders.steps,
+        identity=identity,
+        args=training_arguments(options, seed=seed, output_dir=str(folders.steps)),
+        train_dataset=rows,
+        data_collator=collator(loaded),
+        callbacks=[watcher],
+        memory=outer_rows,
+        recurrent=recurrent,
     )
+    trainer.remove_callback(PrinterCallback)
+    watcher.trainer = trainer
+    if loaded.options.kind != "causal-lm":
+        # These losses are means whatever the Trainer passes on, so that it must average
+        # accumulated micro-batches itself.
+        trainer.model_accepts_loss_kwargs = False
+    newest = newest_step(folders.steps)
+    if newest is None and folders.optimizer is not None:
+        trainer.add_callback(_GivenOptimizer(trainer, folders.optimizer))
+    if newest is None or not _is_last(newest / STATE, identity):
+        trainer.train(resume_from_checkpoint=str(newest / STATE) if newest is not None else None)
+        newest = newest_step(folders.steps)
+    assert newest is not None
+    return _record(newest / STATE)
+
+
+def _is_last(state_dir: Path, identity: Mapping[str, Any]) -> bool:
+    """Whether nothing is left to train after a state."""
+    content = read_state(state_dir, identity)
+    return bool(content["step"] >= content["total_steps"])
+
+
+def _record(state_dir: Path) -> TrainingRecord:
+    """What the whole training did, interruptions included, from the state of its last step."""
+    content = read_details(state_dir / STATE_FILE)
+    rounds = [Round(**done) for done in read_details(state_dir / STATE_COUNTERS).get("rounds", [])]
+    history = read_details(state_dir / TRAINER_FILE)["log_history"]
+    return TrainingRecord(
+        num_steps=content["step"],
+        num_outer_steps=sum(done.outer_steps for done in rounds),
+        num_nonfinite_steps=content["num_nonfinite_steps"],
+        train_seconds=content["seconds"],
+        losses=[entry["loss"] for entry in history if "loss" in entry],
+        rounds=rounds,
+    )
+
+
+class _GivenOptimizer(TrainerCallback):
+    """Gives the optimizer, once the Trainer has made it, what an earlier task's left."""
+
+    def __init__(self, trainer: ResumableTrainer, directory: Path) -> None:
+        self._trainer = trainer
+        self._directory = directory
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        begin_with_optimizer(self._trainer, self._directory)
 
 
 def training_arguments(
     options: TrainingOptions, *, seed: int, output_dir: str
 ) -> TrainingArguments:
-    """Translate the options; nothing is saved or reported by the Trainer itself."""
+    """Translate the options; nothing is reported by the Trainer itself."""
     return TrainingArguments(
         output_dir=output_dir,
         num_train_epochs=options.epochs,
@@ -169,7 +235,8 @@ def training_arguments(
         fp16=options.precision == "fp16",
         use_cpu=options.device == "cpu",
         seed=seed,
-        save_strategy="no",
+        save_strategy="steps",
+        save_steps=options.save_steps,
         logging_steps=10,
         report_to="none",
         disable_tqdm=True,
@@ -192,7 +259,7 @@ class _Watcher(TrainerCallback):
     """Tells of each step."""
 
     def __init__(self, on_progress: Callable[[Progress], None]) -> None:
-        self.trainer: RecurrentTrainer | None = None
+        self.trainer: ResumableTrainer | None = None
         self._on_progress = on_progress
         self._loss: float | None = None
 

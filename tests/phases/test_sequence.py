@@ -14,13 +14,12 @@ from kifmerge.errors import DataError
 from kifmerge.phases.sequence import (
     METHODS,
     MethodName,
-    Task,
-    TaskOptions,
     TaskSequence,
     at_once_folder,
     method_stages,
     prediction_path,
 )
+from kifmerge.phases.tasks import Task, TaskOptions
 from kifmerge.recipe import load_recipe
 from kifmerge.tensor.metrics import continual_metrics
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
+from pathlib import Path
 
 import pytest
 import synthetic
@@ -14,7 +16,12 @@ from kifmerge.phases.model import ModelOptions, load_model
 from kifmerge.phases.recurrent import RecurrentOptions
 from kifmerge.phases.scratch import make_base
 from kifmerge.phases.tokenizer import TokenizerOptions
-from kifmerge.phases.train import TrainingOptions, train_task, training_arguments
+from kifmerge.phases.train import (
+    TrainingFolders,
+    TrainingOptions,
+    train_task,
+    training_arguments,
+)
 
 ROWS = [
     Example(str(number), "", row["text"], row["label"])
@@ -50,16 +57,22 @@ def bases(tmp_path_factory):
 
 
 @pytest.fixture
-def trained(bases):
+def trained(bases, tmp_path):
     """Train a fresh model; returns its weights and the record."""
 
     def train(kind="classifier", memory=(), recurrent=SHORT, rows=ROWS, seed=1, **changes):
         loaded = load_model(bases[kind], LABELS, seed=0)
         options = dataclasses.replace(OPTIONS, **changes)
-        record = train_task(loaded, rows, memory, options, recurrent, seed=seed)
+        record = train_task(
+            loaded, rows, memory, options, recurrent, seed=seed, folders=new_folders(tmp_path)
+        )
         return tiny.trained(loaded.model), record
 
     return train
+
+
+def new_folders(tmp_path):
+    return TrainingFolders(steps=Path(tempfile.mkdtemp(dir=tmp_path)))
 
 
 def close(left, right) -> bool:
@@ -137,11 +150,20 @@ class TestWeights:
 
 
 class TestProgress:
-    def test_is_told_after_every_step(self, bases):
+    def test_is_told_after_every_step(self, bases, tmp_path):
         seen = []
         loaded = load_model(bases["classifier"], LABELS, seed=0)
         options = dataclasses.replace(OPTIONS, epochs=3)
-        train_task(loaded, ROWS, MEMORY, options, SHORT, seed=0, on_progress=seen.append)
+        train_task(
+            loaded,
+            ROWS,
+            MEMORY,
+            options,
+            SHORT,
+            seed=0,
+            folders=new_folders(tmp_path),
+            on_progress=seen.append,
+        )
         assert [p.step for p in seen] == list(range(1, 16))
         assert {p.num_steps for p in seen} == {15}
         assert [p.num_rounds for p in seen] == sorted(p.num_rounds for p in seen)
@@ -170,7 +192,7 @@ class TestOptions:
         assert (made.learning_rate, made.lr_scheduler_type.value) == (0.5, "cosine")
         assert (made.warmup_steps, made.weight_decay, made.max_grad_norm) == (6, 0.25, 2.0)
         assert (made.seed, made.device.type) == (9, "cpu")
-        assert made.save_strategy.value == "no"
+        assert (made.save_strategy.value, made.save_steps) == ("steps", 200)
 
     @pytest.mark.parametrize(
         "changes",
@@ -189,8 +211,9 @@ class TestOptions:
         with pytest.raises(ValueError, match=next(iter(changes))):
             TrainingOptions(**changes)
 
-    def test_nothing_is_left_on_disk(self, trained, tmp_path, monkeypatch):
+    def test_only_the_last_step_is_left_on_disk(self, trained, tmp_path, monkeypatch):
         monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
         monkeypatch.chdir(tmp_path)
-        trained(memory=MEMORY)
-        assert list(tmp_path.iterdir()) == []
+        trained(memory=MEMORY, save_steps=2)
+        (folder,) = tmp_path.iterdir()
+        assert [inner.name for inner in folder.iterdir()] == ["step-00000005"]
