@@ -128,6 +128,38 @@ def with_settings(content: Mapping[str, Any], settings: Sequence[str]) -> dict[s
     return changed
 
 
+def phase_recipe(
+    path: Path | None,
+    settings: Sequence[str],
+    *,
+    model: Mapping[str, Any],
+    task: Mapping[str, Any],
+    kept: Mapping[str, Any],
+) -> Recipe:
+    """The recipe of one phase: one model, one task's rows, and options from all that knows them.
+
+    Args:
+        path: recipe file whose sections are taken, its model's reference and its tasks excepted.
+        settings: ``key.key=value`` each; they have the last word.
+        model: ``model`` section that the checkpoint itself knows, with its reference.
+        task: the one task.
+        kept: sections that an earlier phase was run with: the first to be overruled.
+
+    Raises:
+        RecipeError: as :func:`load_recipe`.
+    """
+    content: dict[str, Any] = {"name": "phase"} if path is None else read_content(path)
+    for key in ("tasks", "orders", "order", "methods", "seeds", "data_dir"):
+        content.pop(key, None)
+    own = dict(content.get("model") or {})
+    for key in ("reference", "config", "tokenizer"):
+        own.pop(key, None)
+    if model.get("lora") is not None:
+        own.pop("lora", None)
+    sections = {**kept, **content, "model": {**model, **own}, "tasks": [task]}
+    return parse_recipe(with_settings(sections, settings), str(path or "of this phase"))
+
+
 def parse_recipe(content: Mapping[str, Any], origin: str) -> Recipe:
     """Check a recipe's content; see :func:`load_recipe`."""
     content = dict(content)

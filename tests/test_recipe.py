@@ -6,11 +6,12 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import synthetic
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kifmerge.errors import RecipeError
+from kifmerge.errors import RecipeError, RunError
 from kifmerge.phases.presets import PRESETS
 from kifmerge.phases.tokenizer import TokenizerOptions
 from kifmerge.phases.train import TrainingOptions
@@ -300,6 +301,160 @@ class TestPresets:
         assert recipe.training == TrainingOptions()
         assert (recipe.methods, recipe.seeds) == (["sequential", "recurrent-kif"], [0])
         assert recipe.memory.fraction == 0.02
+
+
+def tasks_named(*names):
+    return [{"name": n, "train": f"{n}.jsonl", "test": f"{n}-test.jsonl"} for n in names]
+
+
+def names(recipe):
+    return [task.name for task in recipe.tasks]
+
+
+ABC = {"tasks": tasks_named("a", "b", "c")}
+ORDERS = {"1": ["c", "a", "b"], "reverse": ["c", "b", "a"]}
+
+
+class TestOrders:
+    def test_one_is_chosen(self, load, tmp_path):
+        recipe = load(ABC, orders=ORDERS, order="1")
+        assert names(recipe) == ["c", "a", "b"]
+        # Each task with its own sources.
+        assert [Path(task.test).name for task in recipe.tasks] == [
+            "c-test.jsonl",
+            "a-test.jsonl",
+            "b-test.jsonl",
+        ]
+
+    def test_command_chooses_another(self, load):
+        recipe = load(ABC, orders=ORDERS, order="1", settings=["order=reverse"])
+        assert names(recipe) == ["c", "b", "a"]
+
+    @pytest.mark.parametrize("key", [1, "1"])
+    @pytest.mark.parametrize("chosen", [1, "1"])
+    def test_numbers_are_names_quoted_or_not(self, load, key, chosen):
+        recipe = load(ABC, orders={key: ["b", "c", "a"]}, order=chosen)
+        assert names(recipe) == ["b", "c", "a"]
+
+    def test_command_may_give_one(self, load):
+        settings = ["orders.mine=[b, a, c]", "order=mine"]
+        recipe = load(ABC, orders=ORDERS, order="1", settings=settings)
+        assert names(recipe) == ["b", "a", "c"]
+
+    @pytest.mark.parametrize("order", [{}, {"order": None}])
+    def test_none_chosen_leaves_the_tasks_as_listed(self, load, order):
+        assert names(load(ABC, orders=ORDERS, **order)) == ["a", "b", "c"]
+        assert names(load(ABC, orders=None, **order)) == ["a", "b", "c"]
+
+    def test_what_is_resolved_keeps_tasks_in_order_and_round_trips(self, load):
+        recipe = load(ABC, orders=ORDERS, order="1")
+        kept = recipe.as_dict()
+        assert [task["name"] for task in kept["tasks"]] == ["c", "a", "b"]
+        assert "order" not in kept
+        assert "orders" not in kept
+        again = parse_recipe(yaml.safe_load(yaml.safe_dump(kept)), "again")
+        assert again.as_dict() == kept
+
+    @given(st.permutations(["a", "b", "c", "d", "e"]))
+    def test_any_permutation(self, order):
+        content = {**MINIMAL, "tasks": tasks_named(*"abcde"), "orders": {"x": order}, "order": "x"}
+        assert names(parse_recipe(content, "given")) == order
+
+    def test_all_mistakes_at_once_with_all_others(self, problems):
+        found = problems(
+            ABC,
+            orders={
+                "1": ["a", "b", "c"],
+                "2": ["a", "b", "a"],
+                "3": ["a", "b", "c", "task-c"],
+                "first": "a b c",
+                "second": ["a", {"name": "b"}, "c"],
+            },
+            order="frist",
+            ordr="1",
+            seeds=["zero"],
+        )
+        assert found[:7] == [
+            "ordr: unknown key: did you mean order?",
+            "order: 'frist' is unknown: did you mean first?",
+            "orders.2: 'a' is named twice",
+            "orders.2: leaves out 'c'",
+            "orders.3: 'task-c' is no task: known are a, b, c",
+            "orders.first: expected a list of tasks' names, found 'a b c'",
+            "orders.second: expected a list of tasks' names, found ['a', {'name': 'b'}, 'c']",
+        ]
+        assert len(found) == 8
+        assert found[7].startswith("seeds.0: ")
+
+    @pytest.mark.parametrize(
+        ("changes", "words"),
+        [
+            ({"orders": {"1": ["a", "b"]}}, "orders.1: leaves out 'c'"),
+            ({"orders": {"1": []}}, "orders.1: leaves out 'a', 'b', 'c'"),
+            ({"orders": {"1": None}}, "orders.1: expected a list of tasks' names, found None"),
+            ({"orders": {"1": ["a", "b", 3]}}, "orders.1: expected a list of tasks' names"),
+            ({"orders": [["a", "b", "c"]]}, "orders: expected a name for each list of tasks"),
+            ({"orders": []}, "orders: expected a name for each list of tasks, found []"),
+            ({"orders": {1: [*"abc"], "1": [*"cba"]}}, "orders: two are named '1'"),
+            ({"orders": {"1": [*"abc"]}, "order": 7}, "order: '7' is unknown: known are 1"),
+            ({"orders": {"1": [*"abc"]}, "order": ["1"]}, "order: \"['1']\" is unknown"),
+            ({"order": 1}, "order: '1' is unknown: the recipe has no orders"),
+            ({"order": 1, "orders": {}}, "order: '1' is unknown: the recipe has no orders"),
+        ],
+    )
+    def test_mistakes(self, problems, changes, words):
+        (found,) = problems({**ABC, **changes})
+        assert words in found
+
+    def test_misspelt_task_has_a_nearest_one(self, problems):
+        tasks = tasks_named("dbpedia", "amazon")
+        found = problems(tasks=tasks, orders={"1": ["dbpedia", "amzon"]}, order="1")
+        assert found == [
+            "orders.1: 'amzon' is no task: did you mean amazon?",
+            "orders.1: leaves out 'amazon'",
+        ]
+
+    @pytest.mark.parametrize(
+        ("tasks", "place"),
+        [
+            ([], "tasks: expected at least one"),
+            (None, "tasks: "),
+            ({"name": "a"}, "tasks: "),
+            (["a"], "tasks.0: "),
+            ([{"train": "t", "test": "s"}], "tasks.0.name: missing"),
+            (tasks_named("a", "a"), "tasks: two are named 'a'"),
+        ],
+    )
+    def test_mistakes_in_the_tasks_are_told_of_them_alone(self, problems, tasks, place):
+        found = problems(tasks=tasks, orders={"1": ["a"]}, order="1")
+        assert len(found) == 1
+        assert found[0].startswith(place)
+
+    def test_run_follows_the_order_and_goes_on_in_it_alone(self, tmp_path):
+        more = {"orders": {"1": ["colours", "sizes"], "2": ["sizes", "colours"]}}
+        path = synthetic.write_recipe(tmp_path, methods=["sequential"], order=1, **more)
+        out = tmp_path / "run"
+        report = synthetic.run(path, out, ["order=2"])
+        assert report.task_names == ["sizes", "colours"]
+        assert (out / "start/seed-0/01-sizes").is_dir()
+        assert (out / "sequential/seed-0/02-colours").is_dir()
+        kept = yaml.safe_load((out / "recipe.yaml").read_text())
+        assert [task["name"] for task in kept["tasks"]] == ["sizes", "colours"]
+
+        before = synthetic.files(out / "sequential")
+        with pytest.raises(RunError, match="tasks: finished ones may only be followed by further"):
+            synthetic.run(path, out, resume=True)
+        assert synthetic.run(path, out, ["order=2"], resume=True).task_names == ["sizes", "colours"]
+        assert synthetic.files(out / "sequential") == before
+
+        extended = {"3": ["sizes", "colours", "sounds"], "4": ["sounds", "sizes", "colours"]}
+        tasks = ("colours", "sizes", "sounds")
+        path = synthetic.write_recipe(tmp_path, tasks, methods=["sequential"], orders=extended)
+        with pytest.raises(RunError, match="tasks: finished ones may only be followed by further"):
+            synthetic.run(path, out, ["order=4"], resume=True)
+        report = synthetic.run(path, out, ["order=3"], resume=True)
+        assert report.task_names == ["sizes", "colours", "sounds"]
+        assert (out / "sequential/seed-0/03-sounds").is_dir()
 
 
 class TestSources:
