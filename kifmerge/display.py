@@ -20,6 +20,7 @@ from rich.table import Table as RichTable
 if TYPE_CHECKING:
     from kifmerge.phases.report import Table
     from kifmerge.phases.sequence import Moment
+    from kifmerge.phases.train import Progress as Steps
     from kifmerge.trials import Trial
 
 
@@ -28,7 +29,7 @@ class ProgressDisplay:
 
     def __init__(self, *, quiet: bool) -> None:
         self._console = Console(stderr=True, quiet=quiet, markup=False, emoji=False)
-        self._bars: dict[Trial, TaskID] = {}
+        self._bars: dict[object, TaskID] = {}
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
@@ -62,14 +63,22 @@ class ProgressDisplay:
             if moment.done == moment.total:
                 self.say(f"{description}, {moment.total} done {_figures(moment)}".rstrip())
             return
-        if trial not in self._bars:
-            self._bars[trial] = self._progress.add_task(description, total=moment.total, figures="")
-        bar = self._bars[trial]
+        self._show(trial, description, moment.done, moment.total, _figures(moment))
+
+    def on_step(self, phase: str, progress: Steps) -> None:
+        """Show how many steps of a phase are made."""
+        if self._console.is_terminal:
+            figures = "" if progress.loss is None else f"loss {progress.loss:.3f}"
+            self._show(phase, phase, progress.step, progress.num_steps, figures)
+
+    def _show(self, key: object, description: str, done: int, total: int, figures: str) -> None:
+        """Move the bar of a key; another description begins it anew."""
+        if key not in self._bars:
+            self._bars[key] = self._progress.add_task(description, total=total, figures="")
+        bar = self._bars[key]
         if self._progress.tasks[self._progress.task_ids.index(bar)].description != description:
-            self._progress.reset(bar, total=moment.total)
-        self._progress.update(
-            bar, description=description, completed=moment.done, figures=_figures(moment)
-        )
+            self._progress.reset(bar, total=total)
+        self._progress.update(bar, description=description, completed=done, figures=figures)
 
 
 def _figures(moment: Moment) -> str:

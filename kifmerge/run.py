@@ -22,6 +22,7 @@ import filelock
 import yaml
 
 from kifmerge.checkpoint.atomic import whole_file, write_json, write_text
+from kifmerge.checkpoint.provenance import read_details
 from kifmerge.errors import RunError, problem_list
 from kifmerge.phases.evaluate import read_predictions, score_predictions
 from kifmerge.phases.plot import can_draw, draw_report
@@ -32,9 +33,11 @@ from kifmerge.phases.sequence import (
     at_once_folder,
     method_stages,
     prediction_path,
+    stage_folders,
 )
 from kifmerge.phases.tasks import Task, check_rows
-from kifmerge.recipe import Recipe, parse_recipe
+from kifmerge.phases.train import refuse_process_group
+from kifmerge.recipe import Recipe, parse_recipe, read_content
 from kifmerge.tensor.metrics import Cell
 from kifmerge.trials import START, OnMoment, Trial, run_trials
 
@@ -73,6 +76,7 @@ def run_recipe(
         RunError: the folder is not empty, holds another recipe's run, or is in use.
         DataError, CheckpointError, TrainingError: see the phases; finished stages stay.
     """
+    refuse_process_group()
     out_dir = Path(out_dir)
     with _run_folder(recipe, out_dir, resume=resume, overwrite=overwrite):
         options = recipe.sequence()
@@ -117,6 +121,48 @@ def collect_report(run_dir: Path | str) -> Report:
             num_nonfinite.setdefault(method, 0)
             num_nonfinite[method] += sum(t["num_nonfinite_steps"] for t in done if t)
     return Report(recipe.name, [t.name for t in tasks], matrices, num_steps, num_nonfinite)
+
+
+def run_status(run_dir: Path | str) -> dict[str, Any]:
+    """What a run folder is about and how far it is, as plain JSON values.
+
+    Returns:
+        Name, tasks, methods and seeds of the recipe, the versions that ran it and, trial by trial
+        (the stages that all methods share first), which stages are finished and which missing.
+
+    Raises:
+        RunError: not a run folder, or one of a newer version.
+        CheckpointError: a damaged manifest.
+    """
+    run_dir = Path(run_dir)
+    recipe = _kept_recipe(run_dir)
+    manifest = read_details(run_dir / MANIFEST_FILE)
+    tasks = [Task(task) for task in recipe.tasks]
+    stages: dict[Trial, list[Path]] = {}
+    for seed in recipe.seeds:
+        start = stages[Trial(START, seed)] = stage_folders(
+            run_dir / Trial(START, seed).folder, tasks[:1]
+        )
+        for method in recipe.methods:
+            trial = Trial(method, seed)
+            folders = _trial_stages(run_dir, trial, tasks)
+            stages[trial] = [f for f in folders if f is not None and f not in start]
+    return {
+        "name": recipe.name,
+        "tasks": [task.name for task in tasks],
+        "methods": list(recipe.methods),
+        "seeds": list(recipe.seeds),
+        "versions": {"python": manifest.get("python"), **manifest.get("packages", {})},
+        "trials": [
+            {
+                "method": trial.method,
+                "seed": trial.seed,
+                "finished": [f.name for f in folders if (f / STAGE_FILE).exists()],
+                "missing": [f.name for f in folders if not (f / STAGE_FILE).exists()],
+            }
+            for trial, folders in stages.items()
+        ],
+    }
 
 
 def _trial_stages(run_dir: Path, trial: Trial, tasks: Sequence[Task]) -> list[Path | None]:
@@ -229,14 +275,13 @@ def _kept_recipe(run_dir: Path) -> Recipe:
     manifest_path, recipe_path = run_dir / MANIFEST_FILE, run_dir / RECIPE_FILE
     if not manifest_path.exists() or not recipe_path.exists():
         raise RunError(f"{run_dir} is not a run folder: no {MANIFEST_FILE}")
-    manifest = _read_json(manifest_path)
+    manifest = read_details(manifest_path)
     if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
         raise RunError(
             f"{manifest_path}: expected format {FORMAT} version {VERSION}, "
             f"found {manifest.get('format')} version {manifest.get('version')}"
         )
-    content = yaml.safe_load(recipe_path.read_text(encoding="utf-8"))
-    return parse_recipe({**content, "data_dir": None}, str(recipe_path))
+    return parse_recipe({**read_content(recipe_path), "data_dir": None}, str(recipe_path))
 
 
 def _check_extension(old: Recipe, new: Recipe, out_dir: Path) -> None:

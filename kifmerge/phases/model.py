@@ -7,6 +7,7 @@ A checkpoint written here is an ordinary transformers or PEFT folder with one mo
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from kifmerge.checkpoint.provenance import read_provenance, write_provenance
+from kifmerge.checkpoint.provenance import read_details, read_provenance, write_provenance
 from kifmerge.errors import CheckpointError, check_at_least
 from kifmerge.phases.classifier import (
     HEAD_NAME,
@@ -124,26 +125,31 @@ class LoadedModel:
             self.labels += added
             _set_labels(self.model.config, self.labels)
 
-    def save(self, directory: Path) -> None:
+    def save(self, directory: Path, made_by: Mapping[str, Any] | None = None) -> None:
         """Write the model (or its adapter), tokenizer and ``kifmerge.json``."""
         self.model.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
         write_provenance(
             directory,
             {
-                "kind": self.options.kind,
-                "pooling": self.options.pooling,
-                "base": self.options.reference,
+                "model": dataclasses.asdict(self.options),
                 "labels": self.labels,
+                "made_by": made_by,
                 "transformers": transformers.__version__,
             },
         )
 
 
-def saved_labels(directory: Path) -> list[str]:
-    """The labels that a checkpoint written by :meth:`LoadedModel.save` covers."""
-    labels: list[str] = read_provenance(directory)["labels"]
-    return labels
+def known_labels(directory: Path) -> list[str]:
+    """The labels that a classifier's checkpoint covers, in order; none of other models."""
+    provenance = read_provenance(directory)
+    if provenance:
+        return list(provenance.get("labels", []))
+    config = read_details(directory / "config.json")
+    architectures = config.get("architectures") or [""]
+    if architectures[0].endswith("ForSequenceClassification"):
+        return [str(label) for label in config.get("id2label", {}).values()]
+    return []
 
 
 def load_model(
@@ -163,7 +169,7 @@ def load_model(
     """
     reference = options.reference
     assert reference is not None
-    known = saved_labels(checkpoint) if checkpoint is not None else list(labels)
+    known = known_labels(checkpoint) if checkpoint is not None else list(labels)
     transformers.set_seed(seed)
     with loading(reference):
         tokenizer = _load_tokenizer(options, checkpoint)

@@ -21,6 +21,7 @@ from transformers import Trainer
 from kifmerge.checkpoint.atomic import remove_unfinished, whole_folder
 from kifmerge.phases.guard import GradientGuard
 from kifmerge.phases.model import LoadedModel
+from kifmerge.phases.presets import Role
 from kifmerge.phases.state import (
     read_state,
     restore_generators,
@@ -36,16 +37,27 @@ CHECKPOINT = "checkpoint"
 STATE = "state"
 
 
-class StateMixin:
-    """Reads a Trainer's state from a folder that :func:`kifmerge.phases.state.write_state` made.
+class ResumableMixin:
+    """Gives a Trainer a state and checkpoints of ours.
 
     The model must hold the weights already when ``train(resume_from_checkpoint=STATE_DIR)`` is
     called: they are kept beside the state, or come from a merge.
+
+    Attributes:
+        loaded: what is trained.
+        step_dir: keeps the latest checkpoint as a whole step folder.
+        identity: what the training is: a state of another is refused.
+        first_step: where this training, or phase of one, began.
+        last_phase: side whose steps ended the phase before; None at a task's begin or in a phase.
     """
 
+    loaded: LoadedModel
+    step_dir: Path
     identity: Mapping[str, Any]
     guard: GradientGuard
     loop: RecurrentLoop | None
+    first_step = 0
+    last_phase: Role | None = None
     _seconds_before = 0.0
     _started = 0.0
 
@@ -58,18 +70,34 @@ class StateMixin:
         if resume_from_checkpoint is not None:
             content = read_state(Path(resume_from_checkpoint), self.identity)
             self.guard.num_skipped = content["num_nonfinite_steps"]
+            self.first_step = content.get("first_step", content["step"])
+            self.last_phase = content.get("last_phase")
             self._seconds_before = content["seconds"]
         self._started = time.monotonic()
         return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
 
-    def write_state(self, directory: Path) -> None:
+    def write_state(self, directory: Path, **figures: Any) -> None:
         """Write the state of this moment, between two steps, into an existing folder."""
         assert isinstance(self, Trainer)
-        figures = {
-            "num_nonfinite_steps": self.guard.num_skipped,
-            "seconds": self._seconds_before + time.monotonic() - self._started,
-        }
+        seconds = self._seconds_before + time.monotonic() - self._started
+        figures |= {"num_nonfinite_steps": self.guard.num_skipped, "seconds": seconds}
         write_state(directory, self, self.loop, self.identity, figures)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        assert isinstance(self, Trainer)
+        if not self.args.should_save:
+            self.write_state(self.step_dir)  # only takes part
+            return
+        folder = self.step_dir / f"step-{self.state.global_step:08d}"
+        if folder.exists():
+            return
+        before = _step_folders(self.step_dir)
+        with whole_folder(folder) as temporary:
+            self.loaded.save(temporary / CHECKPOINT)
+            (temporary / STATE).mkdir()
+            self.write_state(temporary / STATE, first_step=self.first_step)
+        for earlier in before:
+            shutil.rmtree(earlier)
 
     def _load_from_checkpoint(self, checkpoint: str, model: nn.Module | None = None) -> None:
         """The weights are in the model already."""
@@ -88,8 +116,8 @@ class StateMixin:
             restore_generators(Path(checkpoint), self.args.process_index)
 
 
-class ResumableTrainer(RecurrentMixin, StateMixin, Trainer):
-    """A recurrent Trainer that keeps its latest checkpoint as a whole step folder."""
+class ResumableTrainer(RecurrentMixin, ResumableMixin, Trainer):
+    """A recurrent Trainer that goes on, bit for bit, from the latest checkpoint it kept."""
 
     def __init__(
         self,
@@ -100,24 +128,7 @@ class ResumableTrainer(RecurrentMixin, StateMixin, Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, model=loaded.model, **kwargs)
-        self.identity = identity
-        self._loaded = loaded
-        self._step_dir = step_dir
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if not self.args.should_save:
-            self.write_state(self._step_dir)  # only takes part
-            return
-        folder = self._step_dir / f"step-{self.state.global_step:08d}"
-        if folder.exists():
-            return
-        before = _step_folders(self._step_dir)
-        with whole_folder(folder) as temporary:
-            self._loaded.save(temporary / CHECKPOINT)
-            (temporary / STATE).mkdir()
-            self.write_state(temporary / STATE)
-        for earlier in before:
-            shutil.rmtree(earlier)
+        self.loaded, self.step_dir, self.identity = loaded, step_dir, identity
 
 
 def newest_step(step_dir: Path) -> Path | None:

@@ -24,7 +24,7 @@ from kifmerge.checkpoint.atomic import remove_unfinished, whole_folder, write_js
 from kifmerge.phases.data import DataOptions, Example, read_examples, write_examples
 from kifmerge.phases.evaluate import predict, write_predictions
 from kifmerge.phases.memory import select_memory
-from kifmerge.phases.model import LoadedModel, ModelOptions, load_model, saved_labels
+from kifmerge.phases.model import LoadedModel, ModelOptions, known_labels, load_model
 from kifmerge.phases.presets import RecurrentOptions, Rule
 from kifmerge.phases.resumable import CHECKPOINT, STATE, newest_step
 from kifmerge.phases.scratch import make_base
@@ -264,7 +264,7 @@ class TaskSequence:
             missing = [t for t in self.tasks if not prediction_path(stage, t.name).exists()]
             if missing:
                 checkpoint = stage / CHECKPOINT
-                loaded = self._load(checkpoint, labels=saved_labels(checkpoint))
+                loaded = self._load(checkpoint, labels=known_labels(checkpoint))
                 for task in missing:
                     self._predict(loaded, task, stage)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from kifmerge.checkpoint.provenance import read_details
-from kifmerge.errors import check_at_least
+from kifmerge.errors import RunError, check_at_least
 from kifmerge.phases.data import Example
 from kifmerge.phases.encode import collator, training_features
 from kifmerge.phases.loop import STATE_COUNTERS
@@ -245,6 +246,19 @@ def training_arguments(
         ddp_find_unused_parameters=False,
         log_level="error",
     )
+
+
+def refuse_process_group() -> None:
+    """Raise RunError under torchrun: every process would write the same folders.
+
+    The loop itself runs in process groups, in a script of one's own.
+    """
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if num_processes > 1:
+        raise RunError(
+            f"found {num_processes} processes: this command runs in one. Under torchrun use "
+            "RecurrentMixin in a training script of your own"
+        )
 
 
 def training_device(options: TrainingOptions) -> torch.device:

@@ -14,7 +14,7 @@ import torch
 from kifmerge.errors import CheckpointError
 from kifmerge.phases.data import Example
 from kifmerge.phases.encode import collator, prompt_features, training_features
-from kifmerge.phases.model import LoraOptions, ModelOptions, load_model, saved_labels
+from kifmerge.phases.model import LoraOptions, ModelOptions, known_labels, load_model
 from kifmerge.phases.scratch import make_base
 from kifmerge.phases.tokenizer import TokenizerOptions, train_tokenizer
 
@@ -196,9 +196,10 @@ class TestSaveAndLoad:
         load_model(bases[name], ["a", "b"], seed=0).save(tmp_path)
         provenance = json.loads((tmp_path / "kifmerge.json").read_text())
         assert provenance["format"] == "kifmerge.checkpoint"
-        assert (provenance["kind"], provenance["pooling"]) == ("classifier", "mean")
-        assert provenance["base"] == bases[name].reference
-        assert saved_labels(tmp_path) == ["a", "b"]
+        section = provenance["model"]
+        assert (section["kind"], section["pooling"]) == ("classifier", "mean")
+        assert section["reference"] == bases[name].reference
+        assert known_labels(tmp_path) == ["a", "b"]
 
     def test_dropout_is_set_everywhere(self, bases):
         options = dataclasses.replace(bases["own"], dropout=0.25)

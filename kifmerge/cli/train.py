@@ -1,0 +1,206 @@
+"""Commands that train: train (inner steps on a new task) and replay (outer steps on memory)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kifmerge.cli.options import JsonOption, OverwriteOption, QuietOption
+from kifmerge.cli.output import print_mapping
+
+if TYPE_CHECKING:
+    from kifmerge.display import ProgressDisplay
+    from kifmerge.phases.chain import ChainStep
+    from kifmerge.phases.steps import PhaseRecord
+
+ModelOption = Annotated[
+    str, typer.Option("--model", metavar="REF", help="Base, whole model or adapter to go on with.")
+]
+AdapterOption = Annotated[
+    str | None, typer.Option("--adapter", metavar="REF", help="LoRA adapter on top of the base.")
+]
+OutOption = Annotated[Path, typer.Option("--out", help="Folder to make.")]
+RecipeOption = Annotated[
+    Path | None, typer.Option("--recipe", help="Recipe whose options are taken: see kifmerge run.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="An option, such as training.epochs=3."),
+]
+StateOption = Annotated[
+    Path | None, typer.Option("--state", help="State that the step before left: OUT/state.")
+]
+SeedOption = Annotated[
+    int | None, typer.Option(help="Of row order, dropout, memory batches; the state's, or 0.")
+]
+ColumnOption = Annotated[
+    list[str] | None,
+    typer.Option("--column", metavar="KEY=TEMPLATE", help="Map columns, as text={title} {body}."),
+]
+
+
+def train(
+    model: ModelOption,
+    data: Annotated[str, typer.Option(help="Rows of the new task.")],
+    out: OutOption,
+    adapter: AdapterOption = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps to make now; all that are left if not given.")
+    ] = None,
+    total_steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps of the whole task, instead of its epochs.")
+    ] = None,
+    state: StateOption = None,
+    recipe: RecipeOption = None,
+    settings: SetOption = None,
+    seed: SeedOption = None,
+    initial_seed: Annotated[
+        int | None, typer.Option(help="Of a fresh adapter or head; the seed if not given.")
+    ] = None,
+    label: Annotated[
+        list[str] | None, typer.Option(help="Label that the head covers; those met are added.")
+    ] = None,
+    column: ColumnOption = None,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="A fixed random sample of so many rows.")
+    ] = None,
+    overwrite: OverwriteOption = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check all, print the options, and stop.")
+    ] = False,
+    json_output: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Train on a new task, or some steps of it: makes checkpoint, importance snapshot, state."""
+    from kifmerge.display import ProgressDisplay
+    from kifmerge.phases.chain import train_into
+    from kifmerge.phases.data import labels_met
+
+    extra = [] if total_steps is None else [f"training.max_steps={total_steps}"]
+    task = {"train": data, "columns": _columns(column), "train_rows": rows}
+    step, examples = _step(
+        model, adapter, task, state, recipe, [*(settings or []), *extra],
+        seed=seed, initial_seed=initial_seed, num_steps=steps,
+    )  # fmt: skip
+    if step.model.kind == "classifier":
+        labels = list(dict.fromkeys([*(label or []), *sorted(labels_met(examples))]))
+        step = dataclasses.replace(step, labels=labels)
+    if dry_run:
+        print_mapping(step.made_by("train"), json_output=json_output)
+        return
+    with ProgressDisplay(quiet=quiet) as display:
+        record, made_now = train_into(
+            out,
+            step,
+            examples,
+            overwrite=overwrite,
+            on_progress=functools.partial(display.on_step, "training"),
+        )
+        _finish(display, out, record, made_now, json_output=json_output)
+
+
+def replay(
+    model: ModelOption,
+    memory: Annotated[str, typer.Option(help="Rows of earlier tasks: see kifmerge memory.")],
+    out: OutOption,
+    adapter: AdapterOption = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Outer steps; recurrent.outer_steps if not given.")
+    ] = None,
+    state: StateOption = None,
+    recipe: RecipeOption = None,
+    settings: SetOption = None,
+    seed: SeedOption = None,
+    overwrite: OverwriteOption = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check all, print the options, and stop.")
+    ] = False,
+    json_output: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Make outer steps on memory: checkpoint, importance snapshot and state, as train does."""
+    from kifmerge.display import ProgressDisplay
+    from kifmerge.phases.chain import replay_into
+
+    step, examples = _step(
+        model, adapter, {"train": memory}, state, recipe, settings or [],
+        seed=seed, initial_seed=None, num_steps=steps,
+    )  # fmt: skip
+    if dry_run:
+        print_mapping(step.made_by("replay"), json_output=json_output)
+        return
+    with ProgressDisplay(quiet=quiet) as display:
+        record, made_now = replay_into(out, step, examples, overwrite=overwrite)
+        _finish(display, out, record, made_now, json_output=json_output)
+
+
+def _step(
+    model: str,
+    adapter: str | None,
+    task: dict[str, Any],
+    state: Path | None,
+    recipe: Path | None,
+    settings: list[str],
+    **numbers: int | None,
+) -> tuple[ChainStep, list[Any]]:
+    """The step with its rows, every option found: from the state, the recipe, the settings."""
+    from kifmerge.phases.chain import ChainStep, kept_sections
+    from kifmerge.phases.opening import parted, saved_section
+    from kifmerge.phases.tasks import Task
+    from kifmerge.recipe import phase_recipe
+
+    base, adapter = parted(model, adapter)
+    kept = kept_sections(state)
+    kept_seed = kept.pop("seed", 0)
+    given = numbers["seed"]
+    seed = kept_seed if given is None else given
+    found = phase_recipe(
+        recipe,
+        settings,
+        model=saved_section(base, adapter),
+        task={"name": "task", "test": task["train"], **task},
+        kept=kept,
+    )
+    initial_seed = numbers["initial_seed"]
+    step = ChainStep(
+        model=found.model,
+        adapter=adapter,
+        training=found.training,
+        recurrent=found.recurrent,
+        seed=seed,
+        initial_seed=seed if initial_seed is None else initial_seed,
+        source=found.tasks[0].train,
+        state_dir=state,
+        num_steps=numbers["num_steps"],
+    )
+    return step, Task(found.tasks[0]).train
+
+
+def _columns(pairs: list[str] | None) -> dict[str, str] | None:
+    """KEY=TEMPLATE options as a mapping."""
+    columns = {}
+    for pair in pairs or []:
+        key, separator, template = pair.partition("=")
+        if not separator:
+            raise typer.BadParameter(f"--column {pair}: expected KEY=TEMPLATE")
+        columns[key] = template
+    return columns or None
+
+
+def _finish(
+    display: ProgressDisplay, out: Path, record: PhaseRecord, made_now: bool, *, json_output: bool
+) -> None:
+    """Say what was made, or that it was there already."""
+    if not made_now:
+        display.say(f"{out} is already made by this very step: nothing to do")
+    if json_output:
+        figures = {"out": str(out), "made_now": made_now, **dataclasses.asdict(record)}
+        typer.echo(json.dumps(figures, indent=2))
+        return
+    left = record.total_steps - record.step
+    typer.echo(f"{out}: {record.num_steps} steps, {left} of {record.total_steps} left")
