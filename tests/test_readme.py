@@ -1,5 +1,6 @@
 """The README is executed: its Python runs, its commands exist and parse, its files are there."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -50,6 +51,20 @@ def test_run_commands_of_the_readme_name_recipes_that_can_be_used(command, monke
     arguments = [*shlex.split(command)[1:], "--dry-run"]
     result = typer.testing.CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
+
+
+@pytest.mark.slow
+def test_phases_of_the_readme_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (block,) = [b for b in blocks("bash") if "kifmerge demo --out try" in b]
+    for line in block.splitlines():
+        result = typer.testing.CliRunner().invoke(app, shlex.split(line)[1:])
+        assert result.exit_code == 0, f"{line}\n{result.output}"
+    assert "share important" in result.stdout
+    scores = json.loads((tmp_path / "try/scores.json").read_text())
+    assert 0 < scores["mean"]["score"] <= 1
+    fused, inner = (Path("try/round-1", n, "model.safetensors") for n in ("fused", "inner"))
+    assert fused.read_bytes() != inner.read_bytes()
 
 
 def test_every_command_is_in_the_readme():

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from kifmerge.cli import sequence
+from kifmerge.cli import fuse, look, measure, sequence, train
 from kifmerge.errors import EXIT_INTERRUPTED, KifmergeError
 
 # In the order in which --help shows them.
@@ -20,6 +20,14 @@ _COMMANDS: tuple[Callable[..., None], ...] = (
     sequence.demo,
     sequence.run,
     sequence.report,
+    train.train,
+    train.replay,
+    measure.memory,
+    measure.evaluate,
+    measure.importance,
+    fuse.prune,
+    fuse.merge,
+    look.inspect,
 )
 
 

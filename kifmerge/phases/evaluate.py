@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 
-from kifmerge.checkpoint.atomic import write_text
-from kifmerge.phases.data import Example
+from kifmerge.checkpoint.atomic import whole_folder, write_json, write_text
+from kifmerge.checkpoint.provenance import check_format, read_details
+from kifmerge.errors import CheckpointError, RunError
+from kifmerge.phases.data import Example, labels_met
 from kifmerge.phases.encode import prompt_features
 from kifmerge.phases.model import LoadedModel
 
 Metric = Literal["exact-match", "rouge-l"]
+
+FORMAT = "kifmerge.evaluation"
+VERSION = 1
+DEFINITIONS = {
+    "exact-match": "share of answers equal to the reference after lower-casing and trimming",
+    "rouge-l": "mean F1 of the longest common subsequence of words, without stemming",
+    "score": "of the metric; of a classifier over the union of all labels that it knows",
+    "own_labels_score": "of a classifier: share of exact matches when only the labels of the file "
+    "itself may be chosen",
+    "mean": "plain mean over the files, whatever their numbers of rows",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +149,120 @@ def score_predictions(predictions: Sequence[Prediction], metric: Metric) -> dict
     return scores
 
 
+def evaluate_files(
+    loaded: LoadedModel,
+    files: Mapping[str, Sequence[Example]],
+    out: Path,
+    *,
+    labels: Sequence[str] = (),
+    metric: Metric = "exact-match",
+    batch_size: int = 32,
+    made_by: Mapping[str, Any] | None = None,
+    on_batch: Callable[[int], None] = lambda num_rows: None,
+) -> dict[str, Any]:
+    """Answer the rows of several files, keep the predictions, and write the scores.
+
+    Args:
+        loaded: the model; left in evaluation mode.
+        files: name -> rows; the name is that of the file of its predictions.
+        out: JSON file to write; predictions go into the folder :func:`predictions_dir` beside it.
+            Whatever they hold is replaced: see :func:`finished_evaluation`.
+        labels: of every file, for a classifier; those met in each if left out.
+        metric: of the scores.
+        batch_size: rows at once.
+        made_by: recorded in the file.
+        on_batch: told the number of rows done after each batch.
+
+    Returns:
+        What was written: scores of each file and their mean, definitions, labels of the rows that
+        the model does not know and cannot answer.
+
+    Raises:
+        CheckpointError: a classifier that knows no labels.
+    """
+    if loaded.options.kind == "classifier" and not loaded.labels:
+        raise CheckpointError(
+            f"{loaded.options.reference} is a classifier without labels: expected kifmerge.json or "
+            "a configuration that names them"
+        )
+    rows: dict[str, dict[str, Any]] = {}
+    folder = predictions_dir(out)
+    with whole_folder(folder, overwrite=True) as temporary:
+        for name, examples in files.items():
+            met = list(labels) or sorted(labels_met(examples))
+            own = met if loaded.options.kind == "classifier" else []
+            predictions = predict(loaded, examples, own, batch_size=batch_size, on_batch=on_batch)
+            write_predictions(temporary / f"{name}.jsonl", predictions)
+            rows[name] = {
+                "num_rows": len(predictions),
+                **score_predictions(predictions, metric),
+                "unknown_labels": [label for label in own if label not in loaded.labels],
+            }
+        out.unlink(missing_ok=True)  # scores never lie beside predictions that they are not of
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "made_by": made_by,
+        "definitions": DEFINITIONS,
+        "metric": metric,
+        "predictions": folder.name,
+        "files": rows,
+        "mean": _mean_scores(list(rows.values())),
+    }
+    write_json(out, content)
+    return content
+
+
+def predictions_dir(out: Path) -> Path:
+    """Where the predictions behind a file of scores are kept."""
+    return out.with_suffix(".predictions")
+
+
+def finished_evaluation(
+    out: Path, made_by: Mapping[str, Any], *, overwrite: bool
+) -> dict[str, Any] | None:
+    """What :func:`evaluate_files` has written to ``out`` already; None if it is still to be done.
+
+    Raises:
+        RunError: ``out`` or its predictions hold something else, not to be overwritten.
+    """
+    in_the_way = [path for path in (out, predictions_dir(out)) if path.exists()]
+    if out.is_file():
+        try:
+            found = read_details(out)
+            check_format(found, FORMAT, VERSION, out)
+        except CheckpointError:
+            found = {}  # not of ours
+        if found.get("made_by") == made_by and predictions_dir(out).is_dir():
+            return found
+    if in_the_way and (not overwrite or out.is_dir()):
+        raise RunError(
+            f"{in_the_way[0]} holds something else: choose another --out, or --overwrite it"
+        )
+    return None
+
+
+def source_names(sources: Sequence[str]) -> list[str]:
+    """A name for each source that no other has: of its file, and of as many folders as it takes.
+
+    >>> source_names(["a/test.jsonl", "b/test.jsonl"])
+    ['a-test', 'b-test']
+    >>> source_names(["hf://datasets/org/name:test", "b/test.jsonl"])
+    ['name-test', 'b-test']
+    """
+    parts = [
+        [p for p in re.split(r"[/:]", re.sub(r"\.(jsonl?|csv|parquet)$", "", s)) if p]
+        for s in sources
+    ]
+    names: list[str] = []
+    for num_parts in range(1, max(map(len, parts), default=0) + 1):
+        joined = ["-".join(part[-num_parts:]) for part in parts]
+        names = [re.sub(r"[^\w.-]", "-", name).lstrip(".") or "rows" for name in joined]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{name}-{number}" for number, name in enumerate(names)]
+
+
 def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
     """Write predictions as JSONL, atomically."""
     rows = [{k: v for k, v in asdict(row).items() if v is not None} for row in predictions]
@@ -145,6 +273,15 @@ def read_predictions(path: Path) -> list[Prediction]:
     """Read what :func:`write_predictions` wrote."""
     with path.open(encoding="utf-8") as file:
         return [Prediction(**json.loads(line)) for line in file]
+
+
+def _mean_scores(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Mean over the files of each score that all of them have."""
+    return {
+        name: _mean([row[name] for row in rows])
+        for name in ("score", "own_labels_score")
+        if all(name in row for row in rows)
+    }
 
 
 def _exact_match(prediction: str, reference: str) -> float:

@@ -160,7 +160,7 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters with ``requires_grad`` by name, tied ones once, compile's prefix taken off.
 
     Raises:
-        TrainingError: there are none.
+        TrainingError: there are none, or FSDP or tensor parallelism has cut them into pieces.
     """
     parameters = {
         name.replace("_orig_mod.", ""): parameter
@@ -169,6 +169,12 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     }
     if not parameters:
         raise TrainingError("the model has no trainable parameter: every one is frozen")
+    for name, parameter in parameters.items():
+        if hasattr(parameter, "device_mesh") or "_fsdp_wrapped_module" in name:
+            raise TrainingError(
+                f"{name} is sharded over processes (FSDP, tensor parallelism): importance needs "
+                "whole parameters, as under plain data parallelism (DDP)"
+            )
     return parameters
 
 

@@ -178,15 +178,13 @@ class RecurrentLoop:
 
     def finish_round(self) -> None:
         """Make the outer steps on memory and fuse."""
-        self._leave_half_step()
         self.rounds.begin_outer()
-        losses = [self._outer_step() for _ in range(self.options.outer_steps)]
-        outer_loss = self._trainer.accelerator.reduce(torch.stack(losses).mean(), "mean")
+        losses = self.make_outer_steps(self.options.outer_steps)
         with _warnings_from(self._trainer.is_world_process_zero()):
             done = self.rounds.fuse(
                 inner_steps=self.inner_steps,
                 outer_steps=len(losses),
-                outer_loss=float(outer_loss),
+                outer_loss=float(torch.stack(losses).mean()),
             )
         self.done.append(done)
         self.inner_steps, self.is_settled = 0, True
@@ -198,6 +196,12 @@ class RecurrentLoop:
         """
         self._trainer.model_wrapped.zero_grad()
         self._trainer.accelerator.gradient_state._set_sync_gradients(True)
+
+    def make_outer_steps(self, num_steps: int) -> list[Tensor]:
+        """Make optimizer steps on memory; their losses, each the mean over processes."""
+        self._leave_half_step()
+        losses = [self._outer_step() for _ in range(num_steps)]
+        return list(self._trainer.accelerator.reduce(torch.stack(losses), "mean"))
 
     def _outer_step(self) -> Tensor:
         trainer = self._trainer

@@ -9,12 +9,106 @@ from __future__ import annotations
 
 import math
 import random
+import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from fractions import Fraction
+from pathlib import Path
+from typing import Any
 
-from kifmerge.phases.data import Example
+from kifmerge.checkpoint.atomic import whole_file
+from kifmerge.errors import RunError
+from kifmerge.phases.data import DataOptions, Example, read_examples, write_examples
 
 MOST_LABELS = 100
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPart:
+    """What the memory keeps of one source: ``num_kept`` of ``num_rows`` rows, drawn by ``seed``."""
+
+    source: str
+    num_rows: int
+    num_kept: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryFile:
+    """A memory on disk.
+
+    Attributes:
+        path: JSONL file, the parts' rows one part after the other.
+        parts: in the order of the sources.
+        num_bytes: size of the file.
+        is_new: False if the very same rows were there already.
+    """
+
+    path: Path
+    parts: Sequence[MemoryPart]
+    num_bytes: int
+    is_new: bool
+
+    @property
+    def num_kept(self) -> int:
+        """Rows in the file."""
+        return sum(part.num_kept for part in self.parts)
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it as plain JSON values."""
+        return {
+            "out": str(self.path),
+            "files": [asdict(part) for part in self.parts],
+            "num_rows": sum(part.num_rows for part in self.parts),
+            "num_kept": self.num_kept,
+            "num_bytes": self.num_bytes,
+            "is_new": self.is_new,
+        }
+
+
+def write_memory(
+    sources: Sequence[str],
+    fraction: float | str,
+    out: Path,
+    options: DataOptions,
+    *,
+    seed: int,
+    overwrite: bool = False,
+) -> MemoryFile:
+    """Draw the memory of several tasks, one source each, and write it as one file.
+
+    Args:
+        sources: training rows, see :func:`kifmerge.phases.data.read_examples`.
+        fraction: see :func:`select_memory`.
+        out: JSONL file to write.
+        options: how the rows of every source are read.
+        seed: number k of the sources, from 0, is drawn with ``seed + k``.
+        overwrite: another file of this name may go.
+
+    Raises:
+        DataError: a source cannot be used.
+        RunError: ``out`` holds something else, and is not to be overwritten.
+    """
+    kept: list[Example] = []
+    parts = []
+    for number, source in enumerate(sources):
+        examples = read_examples(source, options)
+        chosen = select_memory(examples, fraction, seed=seed + number)
+        kept += chosen
+        parts.append(MemoryPart(source, len(examples), len(chosen), seed + number))
+    with tempfile.TemporaryDirectory(prefix="kifmerge-") as scratch_dir:
+        scratch = Path(scratch_dir) / "memory.jsonl"
+        write_examples(scratch, kept)
+        content = scratch.read_bytes()
+    is_there = out.is_file() and out.read_bytes() == content
+    if not is_there:
+        if out.is_dir():
+            raise RunError(f"{out} is a folder: expected a file, or nothing yet")
+        if out.exists() and not overwrite:
+            raise RunError(f"{out} holds other rows: choose another file, or --overwrite it")
+        with whole_file(out) as temporary:
+            temporary.write_bytes(content)
+    return MemoryFile(out, parts, len(content), is_new=not is_there)
 
 
 def select_memory(

@@ -42,11 +42,12 @@ def parted(reference: str, adapter: str | None) -> tuple[str, str | None]:
             f"{reference} is an adapter itself: expected the base model, found {adapter} to put on "
             "top of it"
         )
-    base = config.get("base_model_name_or_path")
+    own = read_provenance(Path(reference)).get("model") or {}
+    base = own.get("reference") or config.get("base_model_name_or_path")
     if not base:
         raise CheckpointError(
-            f"{reference}/{ADAPTER_CONFIG} names no base model: give it as --model and this folder "
-            "as --adapter"
+            f"{reference}/{ADAPTER_CONFIG} names no base model: give that as --model and this "
+            "folder as --adapter"
         )
     return str(base), reference
 

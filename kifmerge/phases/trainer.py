@@ -7,6 +7,10 @@ The Trainer keeps what is its own: batches, accumulation, clipping, mixed precis
 mixin watches the inner steps through callbacks, makes the outer steps on memory after every Q-th of
 them, and fuses. Saving and evaluating wait for the end of the round, so that what is saved and
 measured is always fused; at the last step they follow the tail.
+
+A Trainer that prepares its own datasets (TRL's SFTTrainer) prepares the memory in the same way:
+
+    class RecurrentSFTTrainer(RecurrentMixin, SFTTrainer): ...
 """
 
 from __future__ import annotations
@@ -36,13 +40,17 @@ class RecurrentMixin:
     """Gives a ``transformers.Trainer`` (or a subclass of it) the recurrent loop.
 
     Args:
-        memory: rows of earlier tasks. None or empty makes this plain training: the first task.
+        memory: rows of earlier tasks, in the form of ``train_dataset``. None or empty makes this
+            plain training: the first task.
         recurrent: options of the loop; the default preset if left out.
         memory_batches: row numbers per outer step; drawn at random with ``args.seed`` if left out.
 
     Raises:
-        TrainingError: an engine or optimizer that leaves no gradients (DeepSpeed, LOMO, layerwise).
+        TrainingError: an engine or optimizer that leaves no gradients (DeepSpeed, LOMO, layerwise)
+            or leaves a process only pieces of the model (FSDP, tensor parallelism).
     """
+
+    _preparation: tuple[tuple[Any, ...], dict[str, Any]] | None = None
 
     def __init__(
         self,
@@ -54,10 +62,11 @@ class RecurrentMixin:
     ) -> None:
         super().__init__(*args, **kwargs)
         self.recurrent = recurrent or RecurrentOptions()
-        self.memory = _indexable(memory)
         self.loop: RecurrentLoop | None = None
         trainer = _as_trainer(self)
         refuse_without_gradients(trainer.args)
+        refuse_sharded(trainer)
+        self.memory = self._prepared(_indexable(memory))
         if self.recurrent.accumulated_loss == "micro-batch":
             trainer.model_accepts_loss_kwargs = False
         self.guard = GradientGuard(self.recurrent.nonfinite)
@@ -68,6 +77,34 @@ class RecurrentMixin:
                 trainer, self.memory, self.recurrent, self.guard, memory_batches
             )
             trainer.add_callback(_RecurrentCallback(self.loop))
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """Prepare as the Trainer does, and remember how the training set was prepared."""
+        if self._preparation is None and "train" in (*args, *kwargs.values()):
+            self._preparation = (args, kwargs)
+        return super()._prepare_dataset(dataset, *args, **kwargs)  # type: ignore[misc]
+
+    def _prepared(self, memory: Memory | None) -> Memory | None:
+        """The memory as the Trainer prepared its training set, if it prepares datasets at all."""
+        if memory is None or self._preparation is None:
+            return memory
+        from datasets import Dataset
+
+        args, kwargs = self._preparation
+        rows = memory
+        if not isinstance(memory, Dataset):
+            rows = Dataset.from_list([memory[number] for number in range(len(memory))])
+        prepared = self._prepare_dataset(
+            rows,
+            *("memory" if value == "train" else value for value in args),
+            **{key: "memory" if value == "train" else value for key, value in kwargs.items()},
+        )
+        if not len(prepared):
+            raise TrainingError(
+                f"none of the {len(memory)} rows of memory is left once "
+                f"{type(self).__name__} has prepared them: is every completion cut off?"
+            )
+        return cast(Memory, prepared)
 
     @property
     def rounds(self) -> list[Round]:
@@ -181,6 +218,31 @@ def _indexable(memory: Any) -> Memory | None:
             "pass a list or a map-style dataset"
         )
     return cast(Memory, memory) if len(memory) else None
+
+
+def refuse_sharded(trainer: Trainer) -> None:
+    """Raise TrainingError, by name, where a process has only pieces of the model.
+
+    What counts is what runs: FSDP that was asked for without GPUs runs as DDP, which is fine.
+    """
+    engine = str(getattr(trainer.accelerator.distributed_type, "value", ""))
+    pieces = {
+        "DeepSpeed": trainer.is_deepspeed_enabled or engine == "DEEPSPEED",
+        "FSDP": trainer.is_fsdp_enabled or trainer.is_fsdp_xla_enabled or engine == "FSDP",
+        "Megatron": engine == "MEGATRON_LM",
+        "a model sharded at load time": getattr(
+            trainer, "is_distributed_loading_by_transformers", False
+        ),
+        "tensor, context or sequence parallelism": (
+            trainer.get_tp_size() * trainer.get_cp_size() * trainer.get_sp_size() > 1
+        ),
+    }
+    for name, is_on in pieces.items():
+        if is_on:
+            raise TrainingError(
+                f"{name} leaves each process only pieces of the model, its gradients or its rows, "
+                "and the recurrent loop needs them whole: use plain data parallelism (DDP)"
+            )
 
 
 def _as_trainer(mixin: RecurrentMixin) -> Trainer:

@@ -154,6 +154,57 @@ class ImportanceAccumulator:
         self.num_steps = num_steps
 
 
+class MeanAccumulator:
+    """Plain mean of the sensitivity over batches, of a fixed set of parameters, updated in place.
+
+    For a model that is not being trained: its weights stay, so that every batch counts alike. The
+    mean is float32, shaped and placed like the parameters, whatever their own dtype.
+
+    Attributes:
+        mean: name -> mean of s, in the order of the parameters.
+        num_batches: taken in.
+        num_skipped: batches refused because a gradient was not finite.
+
+    >>> mean = MeanAccumulator({"w": torch.tensor([2.0])}, "first")
+    >>> for gradient in (1.0, -2.0):
+    ...     assert mean.update([torch.tensor([2.0])], [torch.tensor([gradient])])
+    >>> mean.mean["w"], mean.num_batches
+    (tensor([3.]), 2)
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], sensitivity: Sensitivity) -> None:
+        self.mean = {n: _zeros_float32(p) for n, p in parameters.items()}
+        self.num_batches = 0
+        self.num_skipped = 0
+        self._sensitivity = sensitivity
+
+    def update(self, weights: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> bool:
+        """Take in one batch, all parameters alike or, if a gradient is not finite, none.
+
+        Args:
+            weights: one tensor per parameter, in the order of construction.
+            gradients: likewise; None (a parameter the loss did not reach) counts as zero.
+
+        Returns:
+            True if the batch was taken in, False if it was skipped (and counted).
+        """
+        if not all_finite(gradients):
+            self.num_skipped += 1
+            return False
+        self.num_batches += 1
+        means = list(self.mean.values())
+        with torch.no_grad():
+            # One accumulator only: it takes the place of both.
+            for mean, _, w, g in _groups(means, means, weights, gradients):
+                scratch = _step_sensitivity(w, g, self._sensitivity)
+                torch._foreach_lerp_(mean, scratch, 1.0 / self.num_batches)
+        return True
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The means as ``score/NAME``, not copied."""
+        return {f"score/{name}": value for name, value in self.mean.items()}
+
+
 def all_finite(tensors: Sequence[Tensor | None]) -> bool:
     """Whether every element of every tensor is finite.
 

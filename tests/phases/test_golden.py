@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from kifmerge.phases import loop as loop_module
 from kifmerge.phases.presets import PRESETS
-from kifmerge.phases.recurrent import RecurrentRounds, select_important
+from kifmerge.phases.recurrent import RecurrentRounds
+from kifmerge.phases.selection import mark_important
 from kifmerge.phases.trainer import RecurrentTrainer
 from kifmerge.tensor.fusion import recurrent_kif
 from kifmerge.tensor.importance import score
@@ -70,9 +71,14 @@ def replay(trace, tmp_path_factory):
     class RecordingRounds(RecurrentRounds):
         def fuse(self, **counts):
             self_masks = {}
-            for role, accumulator in self.accumulators.items():
-                chosen = select_important(accumulator, 0.2, "global", role)
-                self_masks[role] = chosen.masks
+            for role in self.accumulators:
+                scores = self.scores(role)
+                marks = mark_important(scores, 0.2, "global", role)
+                infos = {name: scores.info(name) for name in scores.names()}
+                self_masks[role] = {
+                    name: marks.read(name, 0, info.numel).view(info.shape)
+                    for name, info in infos.items()
+                }
             made.masks.append(self_masks)
             done = super().fuse(**counts)
             made.fused.append(tiny.trained(model))

@@ -403,6 +403,24 @@ def test_training_stopped_in_the_middle_of_a_round_fuses_and_saves_its_tail(
     assert tiny.same(saved_adapter(tmp_path / "checkpoint-3"), fused_weights[1])
 
 
+def test_training_stopped_between_micro_batches_leaves_the_half_step_out(tmp_path):
+    def stop(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == 3
+
+    ends = []
+    for event in ("on_step_end", "on_substep_end"):
+        model = tiny.lora_llama()
+        trainer = tiny.trainer(
+            model, tmp_path, memory=MEMORY, options=SHORT, max_steps=10,
+            callbacks=(type("Stop", (TrainerCallback,), {event: stop})(),),
+            gradient_accumulation_steps=2, lr_scheduler_type="constant",
+        )  # fmt: skip
+        trainer.train()
+        assert steps_of(trainer) == [(2, 1), (1, 1)]
+        ends.append(tiny.trained(model))
+    assert tiny.same(*ends)
+
+
 RESUMED = {
     "default": SHORT,
     "released": replace(PRESETS["released"], inner_steps=2, outer_steps=1),
@@ -428,7 +446,7 @@ def test_resumed_training_ends_at_the_same_bits(tmp_path, options):
     assert checkpoints(tmp_path / "straight")[0] == 4
     second.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-4"))
     assert tiny.same(tiny.trained(resumed), tiny.trained(straight))
-    assert second.rounds == trainer.rounds[2:]
+    assert second.rounds == trainer.rounds
 
 
 def test_state_is_loaded_at_the_live_parameters():
@@ -638,6 +656,25 @@ def test_logs_carry_the_latest_round_beside_the_loss(tmp_path):
         assert found == {f"recurrent/{key}": value for key, value in expected.items()}
     assert logs[5]["recurrent/index"] == 3
     assert {"recurrent/outer_loss", "recurrent/new_threshold", "recurrent/both"} <= logs[5].keys()
+
+
+def test_memory_batches_stay_out_of_the_logged_training(tmp_path):
+    """Up to the first fusion nothing differs; what only counts rows never does."""
+    settings = {"include_num_input_tokens_seen": "all", "max_steps": 5}
+    recurrent = tiny.trainer(
+        tiny.lora_llama(), tmp_path / "a", memory=MEMORY, options=SHORT, **settings
+    )
+    plain = tiny.plain_trainer(tiny.lora_llama(), tmp_path / "b", **settings)
+    logs = []
+    for trainer in (recurrent, plain):
+        trainer.train()
+        logs.append([entry for entry in trainer.state.log_history if "loss" in entry])
+    assert recurrent.state.total_flos == plain.state.total_flos > 0
+    assert recurrent.state.num_input_tokens_seen == 5 * 2 * tiny.ROW_TOKENS
+    for ours, stock in zip(*logs, strict=True):
+        assert ours["num_input_tokens_seen"] == stock["num_input_tokens_seen"]
+        same = [ours[key] == stock[key] for key in ("loss", "grad_norm")]
+        assert same == [stock["step"] <= SHORT.inner_steps] * 2
 
 
 @pytest.mark.parametrize(

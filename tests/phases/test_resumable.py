@@ -92,7 +92,7 @@ MOMENTS = {
     "inner step of a later round": (RecurrentLoop, "count_inner_step", 6),
     "outer step": (RecurrentLoop, "_outer_step", 3),
     "begin of a fusion": (RecurrentRounds, "fuse", 3),
-    "end of a fusion": (RecurrentRounds, "_empty_scores", 4),
+    "end of a fusion": (RecurrentRounds, "empty_scores", 4),
     "saving the first weights": (LoadedModel, "save", 1),
     "saving weights": (LoadedModel, "save", 3),
     "saving state": (resumable, "write_state", 4),

@@ -1,0 +1,117 @@
+"""Importance scores as a source: read in slices from a snapshot, or from live accumulators."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kifmerge.checkpoint.header import TensorInfo
+from kifmerge.checkpoint.provenance import check_format, read_details
+from kifmerge.checkpoint.snapshot import DETAIL_FILE, FORMAT, TENSOR_FILE, VERSION
+from kifmerge.checkpoint.source import FolderSource, Source
+from kifmerge.errors import CheckpointError, problem_list
+from kifmerge.tensor.importance import Score, score
+
+_KINDS = ("score", "sensitivity", "uncertainty")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Scores:
+    """Importance scores, from ``sensitivity/NAME`` and ``uncertainty/NAME``, or ``score/NAME``.
+
+    A source whose names are those of the parameters.
+
+    Args:
+        source: of the tensors as a snapshot, or an accumulator, keeps them.
+        kind: S*U, or S alone.
+
+    Raises:
+        CheckpointError: tensors that are no scores, or that do not fit together.
+    """
+
+    def __init__(self, source: Source, kind: Score) -> None:
+        self._source = source
+        self._kind = kind
+        self._keys: dict[str, tuple[str, ...]] = {}
+        found = {key: source.info(key) for key in source.names()}
+        for key in found:
+            what, _, name = key.partition("/")
+            if what in ("score", "sensitivity") and name:
+                pair = (key,) if what == "score" else (key, f"uncertainty/{name}")
+                self._keys.setdefault(name, pair)
+        problems = [p for key, info in found.items() for p in self._problems(key, info, found)]
+        if problems:
+            label = source.where(next(iter(found)))
+            raise CheckpointError(problem_list(f"{label} holds no importance scores", problems))
+
+    def _problems(
+        self, key: str, info: TensorInfo, found: Mapping[str, TensorInfo]
+    ) -> typing.Iterator[str]:
+        what, _, name = key.partition("/")
+        if what not in _KINDS or not name:
+            yield f"{key}: expected one of {', '.join(f'{kind}/NAME' for kind in _KINDS)}"
+        elif info.dtype not in _DTYPES:
+            yield f"{key}: expected float32 or bfloat16, found {info}"
+        elif what != "score":
+            other = f"{'uncertainty' if what == 'sensitivity' else 'sensitivity'}/{name}"
+            if other not in found or found[other].shape != info.shape:
+                yield f"{other}: expected {list(info.shape)}, found {found.get(other, 'none')}"
+
+    def names(self) -> Sequence[str]:
+        """Names of the parameters, in the order of their files."""
+        return tuple(self._keys)
+
+    def info(self, name: str) -> TensorInfo:
+        """Dtype and shape of a parameter's scores."""
+        return self._source.info(self._find(name)[0])
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Scores of a flat part of a parameter."""
+        parts = [self._source.read(key, start, stop) for key in self._find(name)]
+        return parts[0] if len(parts) == 1 else score(parts[0], parts[1], self._kind)
+
+    def where(self, name: str) -> str:
+        """The file."""
+        return self._source.where(self._find(name)[0])
+
+    def fingerprint(self) -> str:
+        """Of the tensors that the scores are made of."""
+        return self._source.fingerprint()
+
+    @property
+    def num_bytes(self) -> int:
+        """What reading all scores once reads."""
+        infos = [self._source.info(key) for keys in self._keys.values() for key in keys]
+        return sum(info.nbytes for info in infos)
+
+    def _find(self, name: str) -> tuple[str, ...]:
+        try:
+            return self._keys[name]
+        except KeyError:
+            raise CheckpointError(f"no importance score of {name}") from None
+
+
+def open_scores(directory: Path | str) -> Scores:
+    """Open an importance snapshot, by the score kind that its options recorded.
+
+    Raises:
+        CheckpointError: no snapshot there, one of a newer version, or a damaged file.
+    """
+    directory = Path(directory)
+    details = read_details(directory / DETAIL_FILE)
+    if not details:
+        raise CheckpointError(f"{directory} holds no importance snapshot: no {DETAIL_FILE}")
+    check_format(details, FORMAT, VERSION, directory / DETAIL_FILE)
+    options: Any = details.get("options") or {}
+    kind: Score = options.get("score", "product") if isinstance(options, dict) else "product"
+    if kind not in typing.get_args(Score):
+        raise CheckpointError(f"{directory / DETAIL_FILE}: score: {kind!r} is not known here")
+    scores = Scores(FolderSource(directory, Path(TENSOR_FILE).stem), kind)
+    if not scores.names():
+        raise CheckpointError(f"{directory}: the importance snapshot is empty")
+    return scores

@@ -1,0 +1,308 @@
+"""Commands that look at data and at models without training: memory, evaluate, importance."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from kifmerge.cli.options import JsonOption, QuietOption
+from kifmerge.cli.output import print_mapping
+
+if TYPE_CHECKING:
+    from kifmerge.display import ProgressDisplay
+    from kifmerge.phases.data import DataOptions
+    from kifmerge.phases.model import LoadedModel
+    from kifmerge.recipe import Recipe
+
+ModelOption = Annotated[
+    str, typer.Option("--model", metavar="REF", help="Base, whole model or adapter: a folder.")
+]
+AdapterOption = Annotated[
+    str | None, typer.Option("--adapter", metavar="REF", help="LoRA adapter on top of the base.")
+]
+SettingsOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="An option, such as model.kind=causal-lm."),
+]
+
+SourcesOption = Annotated[
+    list[str],
+    typer.Option("--data", metavar="FILE", help="Rows of a task, or hf://datasets/...; repeat it."),
+]
+ColumnsOption = Annotated[
+    list[str] | None,
+    typer.Option("--column", metavar="KEY=TEMPLATE", help="Maps the columns, as in a recipe."),
+]
+LabelsOption = Annotated[
+    list[str] | None,
+    typer.Option("--label", metavar="NAME", help="A label that outputs must be among; repeat it."),
+]
+RowsOption = Annotated[
+    int | None,
+    typer.Option("--rows", min=1, help="Use so many rows of each file, drawn at random."),
+]
+ReplaceOption = Annotated[bool, typer.Option("--overwrite", help="Replace what --out holds.")]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Check the rows, print the options, and stop.")
+]
+
+
+def memory(
+    sources: SourcesOption,
+    fraction: Annotated[float, typer.Option(min=0, max=1, help="Share of each file to keep.")],
+    out: Annotated[Path, typer.Option(help="JSONL file to write.")],
+    seed: Annotated[int, typer.Option(help="File number k, from 0, is drawn with seed + k.")] = 0,
+    columns: ColumnsOption = None,
+    labels: LabelsOption = None,
+    num_rows: RowsOption = None,
+    overwrite: ReplaceOption = False,
+    json_output: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Draw the replay buffer: a small, fixed share of each task, balanced over its labels."""
+    from kifmerge.display import print_tables
+    from kifmerge.phases.memory import write_memory
+    from kifmerge.phases.report import Table
+
+    options = _data_options(sources, columns, labels, num_rows)
+    made = write_memory(sources, fraction, out, options, seed=seed, overwrite=overwrite)
+    if not quiet and not made.is_new:
+        typer.echo(f"done already: {out} holds these rows", err=True)
+    if not quiet and not made.num_kept:
+        typer.echo(f"a fraction of {fraction} of these rows is none: {out} is empty", err=True)
+    if json_output:
+        typer.echo(json.dumps(made.as_dict(), indent=2))
+        return
+    rows = [[p.source, str(p.num_rows), str(p.num_kept), str(p.seed)] for p in made.parts]
+    total = ["total", str(sum(p.num_rows for p in made.parts)), str(made.num_kept), ""]
+    title = f"Memory in {out}, {made.num_bytes:,} bytes"
+    print_tables([Table(title, ["file", "rows", "kept", "seed"], [*rows, total])])
+
+
+def evaluate(
+    model: ModelOption,
+    sources: SourcesOption,
+    out: Annotated[Path, typer.Option(help="JSON file of scores; predictions go beside it.")],
+    adapter: AdapterOption = None,
+    metric: Annotated[
+        Literal["exact-match", "rouge-l"], typer.Option(help="By which answers are scored.")
+    ] = "exact-match",
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows at once.")] = 32,
+    columns: ColumnsOption = None,
+    labels: LabelsOption = None,
+    num_rows: RowsOption = None,
+    settings: SettingsOption = None,
+    overwrite: ReplaceOption = False,
+    dry_run: DryRunOption = False,
+    json_output: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Answer the rows of one or more files and score the answers, file by file and on average."""
+    from kifmerge.checkpoint.provenance import made_by
+    from kifmerge.display import ProgressDisplay
+    from kifmerge.phases.data import read_examples
+    from kifmerge.phases.evaluate import evaluate_files, finished_evaluation, source_names
+
+    reading = _data_options(sources, columns, labels, num_rows)
+    named = dict(zip(source_names(sources), sources, strict=True))
+    files = {name: read_examples(source, reading) for name, source in named.items()}
+    found, adapter = _model_options(model, adapter, settings)
+    options = {**_recorded(found, reading), "metric": metric, "batch_size": batch_size}
+    parents = {"model": found.model.reference, "adapter": adapter}
+    data = {f"data/{name}": source for name, source in named.items()}
+    wanted = made_by("evaluate", options, {**parents, **data})
+    if dry_run:
+        print_mapping(wanted, json_output=json_output)
+        return
+    content = finished_evaluation(out, wanted, overwrite=overwrite)
+    with ProgressDisplay(quiet=quiet) as display:
+        if content is not None:
+            display.say(f"{out} holds the scores of this very evaluation already: nothing to do")
+        else:
+            content = evaluate_files(
+                _opened(found, adapter),
+                files,
+                out,
+                labels=reading.labels,
+                metric=metric,
+                batch_size=batch_size,
+                made_by=wanted,
+                on_batch=_counter(display, "evaluating", sum(map(len, files.values()))),
+            )
+        for name, row in content["files"].items():
+            if row["unknown_labels"]:
+                strange = ", ".join(map(repr, row["unknown_labels"]))
+                display.say(f"{name}: the model has no label {strange}: such rows score 0")
+    _print_scores(content, out, json_output=json_output)
+
+
+def importance(
+    model: ModelOption,
+    source: Annotated[
+        str, typer.Option("--data", metavar="FILE", help="Rows to be important for.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the snapshot to make.")],
+    adapter: AdapterOption = None,
+    average: Annotated[
+        Literal["mean", "ema"],
+        typer.Option(help="The plain mean over batches, or smoothed as in training."),
+    ] = "mean",
+    sensitivity: Annotated[
+        Literal["first", "second", "mixed"],
+        typer.Option(help="|w*g|, its square, or |w*g - (w*g)^2/2|."),
+    ] = "first",
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of one gradient: it matters.")] = 8,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Use so many rows, drawn at random; all if not given.")
+    ] = None,
+    nonfinite: Annotated[
+        Literal["skip", "raise"],
+        typer.Option(help="Leave out batches whose gradient is not finite, or stop."),
+    ] = "skip",
+    columns: ColumnsOption = None,
+    labels: LabelsOption = None,
+    settings: SettingsOption = None,
+    overwrite: ReplaceOption = False,
+    dry_run: DryRunOption = False,
+    json_output: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Measure which parameters of a model matter for some rows; its weights stay as they are."""
+    from kifmerge.checkpoint.atomic import whole_folder
+    from kifmerge.checkpoint.provenance import is_made, made_by, read_details
+    from kifmerge.checkpoint.snapshot import DETAIL_FILE
+    from kifmerge.checkpoint.source import open_source
+    from kifmerge.display import ProgressDisplay
+    from kifmerge.phases.data import read_examples
+    from kifmerge.phases.measure import MeasureOptions, measure_importance, write_measurement
+
+    reading = _data_options([source], columns, labels, samples)
+    examples = read_examples(source, reading)
+    found, adapter = _model_options(model, adapter, settings)
+    options = MeasureOptions(
+        average=average,
+        sensitivity=sensitivity,
+        batch_size=batch_size,
+        nonfinite=nonfinite,
+    )
+    recorded = {**_recorded(found, reading), **dataclasses.asdict(options)}
+    parents = {"model": found.model.reference, "adapter": adapter, "data": source}
+    wanted = made_by("importance", recorded, parents)
+    if dry_run:
+        print_mapping(wanted, json_output=json_output)
+        return
+    with ProgressDisplay(quiet=quiet) as display:
+        if is_made(out, DETAIL_FILE, wanted, overwrite=overwrite):
+            display.say(f"{out} holds this very snapshot already: nothing to do")
+        else:
+            kept_in = adapter or str(found.model.reference)
+            files = open_source(kept_in) if Path(kept_in).is_dir() else None
+            measured = measure_importance(
+                _opened(found, adapter),
+                examples,
+                options,
+                files,
+                on_batch=_counter(display, "measuring", len(examples)),
+            )
+            details = {"model": found.model.reference, "adapter": adapter, "data": source}
+            with whole_folder(out, overwrite=overwrite) as temporary:
+                write_measurement(temporary, measured, {**details, "made_by": wanted})
+        details = read_details(out / DETAIL_FILE)
+        if details["skipped_batches"]:
+            display.say(f"{details['skipped_batches']} batches left out: a gradient was not finite")
+        if details["not_in_files"]:
+            names = ", ".join(details["not_in_files"][:3])
+            display.say(
+                f"{len(details['not_in_files'])} parameters are not in the checkpoint's files, and "
+                f"are kept under names of their own: {names}"
+            )
+    shown = ("options", "dtype", "batch_size", "samples", "batches", "skipped_batches")
+    print_mapping({"out": str(out), **{k: details[k] for k in shown}}, json_output=json_output)
+
+
+def _model_options(
+    model: str, adapter: str | None, settings: Sequence[str] | None
+) -> tuple[Recipe, str | None]:
+    """How a model is used, by what its checkpoint says and the settings; and its adapter."""
+    from kifmerge.phases.opening import parted, saved_section
+    from kifmerge.recipe import phase_recipe
+
+    base, adapter = parted(model, adapter)
+    section = saved_section(base, adapter)
+    no_task = {"name": "rows", "train": "rows", "test": "rows"}
+    return phase_recipe(None, settings or (), model=section, task=no_task, kept={}), adapter
+
+
+def _recorded(found: Recipe, reading: DataOptions) -> dict[str, Any]:
+    """The options that a result depends on, whatever the command."""
+    return {"model": dataclasses.asdict(found.model), "data": dataclasses.asdict(reading)}
+
+
+def _opened(found: Recipe, adapter: str | None) -> LoadedModel:
+    import transformers
+
+    from kifmerge.phases.opening import open_model
+    from kifmerge.phases.train import training_device
+
+    transformers.logging.disable_progress_bar()  # stderr is for our own progress
+    loaded = open_model(found.model, adapter)
+    loaded.model.to(training_device(found.training))  # type: ignore[arg-type]
+    return loaded
+
+
+def _counter(display: ProgressDisplay, phase: str, total: int) -> Callable[[int], None]:
+    """Adds up rows for a bar."""
+    from kifmerge.phases.train import Progress
+
+    done = 0
+
+    def on_batch(num_rows: int) -> None:
+        nonlocal done
+        done += num_rows
+        display.on_step(phase, Progress(done, total, 0, None))
+
+    return on_batch
+
+
+def _print_scores(content: dict[str, Any], out: Path, *, json_output: bool) -> None:
+    if json_output:
+        typer.echo(json.dumps({"out": str(out), **content}, indent=2, ensure_ascii=False))
+        return
+    from kifmerge.display import print_tables
+    from kifmerge.phases.report import Table
+
+    kinds = [kind for kind in ("score", "own_labels_score") if kind in content["mean"]]
+    rows = [
+        [name, str(row["num_rows"]), *(f"{100 * row[kind]:.1f}" for kind in kinds)]
+        for name, row in content["files"].items()
+    ]
+    mean = ["mean", "", *(f"{100 * content['mean'][kind]:.1f}" for kind in kinds)]
+    title = f"{content['metric']} in %, kept in {out}"
+    print_tables([Table(title, ["file", "rows", *kinds], [*rows, mean])])
+
+
+def _data_options(
+    sources: Sequence[str],
+    columns: Sequence[str] | None,
+    labels: Sequence[str] | None,
+    num_rows: int | None,
+) -> DataOptions:
+    """How rows are read, from the options of the command line."""
+    from kifmerge.phases.data import DataOptions
+
+    twice = sorted({source for source in sources if sources.count(source) > 1})
+    if twice:
+        raise typer.BadParameter(f"--data {twice[0]} is given twice")
+    templates = {}
+    for column in columns or []:
+        key, separator, template = column.partition("=")
+        if not separator or not key or key in templates:
+            problem = "is given twice" if key in templates else "is not KEY=TEMPLATE"
+            raise typer.BadParameter(f"--column {column} {problem}")
+        templates[key] = template
+    return DataOptions(columns=templates, labels=tuple(labels or ()), num_rows=num_rows)
