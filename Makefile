@@ -33,3 +33,4 @@ format: setup
 
 bench: setup
 	$(PYTHON) tests/bench/training_cost.py
+	$(PYTHON) tests/bench/chain_cost.py

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
+from kifmerge.phases.model import quieten_libraries
 from kifmerge.phases.sequence import METHODS, Moment, SequenceOptions, TaskSequence
 
 START = "start"
@@ -114,16 +114,10 @@ def _interrupts_ignored() -> Iterator[None]:
 def _run_trial(
     trial: Trial, options: SequenceOptions, out_dir: Path, on_moment: Callable[[Moment], None]
 ) -> None:
-    _quieten_libraries()
+    quieten_libraries()
     start_dir = out_dir / Trial(START, trial.seed).folder
     sequence = TaskSequence(options, trial.seed, start_dir, on_moment)
     if trial.method == START:
         sequence.run_start()
     else:
         sequence.run_method(METHODS[trial.method], out_dir / trial.folder)
-
-
-def _quieten_libraries() -> None:
-    """Leave the terminal to our own progress display."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()

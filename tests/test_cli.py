@@ -19,7 +19,10 @@ from typer.testing import CliRunner
 from kifmerge.cli import app
 
 COMMAND = Path(sys.executable).with_name("kifmerge")
-COMMANDS = ("demo", "run", "report")
+COMMANDS = (
+    "demo", "run", "report", "train", "replay", "importance", "memory", "prune", "merge",
+    "evaluate", "inspect",
+)  # fmt: skip
 HEAVY = ("torch", "transformers", "pydantic", "numpy", "safetensors", "rich.progress", "yaml")
 
 

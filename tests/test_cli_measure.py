@@ -10,6 +10,13 @@ import safetensors.torch
 import synthetic
 import torch
 import yaml
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    PreTrainedTokenizerBase,
+)
 from typer.testing import CliRunner
 
 from kifmerge.checkpoint.snapshot import read_snapshot
@@ -343,6 +350,30 @@ class TestEvaluate:
         assert isinstance(result.exception, ZeroDivisionError)
         assert synthetic.files(tmp_path) == before
 
+    def test_scores_never_lie_beside_predictions_of_another(
+        self, model_dir, data, tmp_path, monkeypatch
+    ):
+        out = tmp_path / "scores.json"
+        self.evaluate(model_dir, out, data[:1])
+        with monkeypatch.context() as patched:
+            patched.setattr("kifmerge.phases.evaluate.write_json", lambda *_: 1 / 0)
+            self.evaluate(model_dir, out, data, "--overwrite")
+        assert len(list(predictions_dir(out).iterdir())) == 2
+        # The first command again: what it wrote is no longer there.
+        assert self.evaluate(model_dir, out, data[:1]).exit_code == 3
+
+    def test_batch_size_reaches_the_model(self, model_dir, data, tmp_path, monkeypatch):
+        counts = []
+        pad = PreTrainedTokenizerBase.pad
+
+        def counted(self, features, *arguments, **options):
+            counts.append(len(features))
+            return pad(self, features, *arguments, **options)
+
+        monkeypatch.setattr(PreTrainedTokenizerBase, "pad", counted)
+        self.evaluate(model_dir, tmp_path / "s.json", data, "--batch-size", 3)
+        assert counts == [3, 3, 2] * 2
+
     def test_same_file_names_in_two_folders(self, model_dir, data, tmp_path):
         copies = []
         for file in data:
@@ -364,6 +395,15 @@ class TestEvaluate:
         assert error_lines(result) == ["mixed: the model has no label 'soft': such rows score 0"]
         row = json.loads((tmp_path / "s.json").read_text())["files"]["mixed"]
         assert row["unknown_labels"] == ["soft"]
+
+    def test_mean_is_over_scores_that_all_files_have(self, model_dir, data, tmp_path):
+        rows = [{"text": "hum", "label": "soft"}]
+        file = synthetic.write_rows(tmp_path / "strange.jsonl", rows)
+        result = self.evaluate(model_dir, tmp_path / "s.json", [data[0], file])
+        assert result.exit_code == 0
+        content = json.loads((tmp_path / "s.json").read_text())
+        assert "own_labels_score" not in content["files"]["strange"]
+        assert content["mean"] == {"score": content["files"]["colours-test"]["score"] / 2}
 
     def test_declared_labels_widen_the_choice(self, model_dir, data, tmp_path):
         rows = [{"text": "huge", "label": "large"}] * 3
@@ -410,7 +450,47 @@ class TestEvaluate:
 
     def test_name_of_the_predictions_folder_is_refused(self, model_dir, data, tmp_path):
         result = self.evaluate(model_dir, tmp_path / "s.predictions", data)
-        assert result.exit_code == 2
+        assert (result.exit_code, result.stdout) == (3, "")
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.fixture
+    def stock_dir(self, model_dir, tmp_path):
+        """A classifier that is not of ours."""
+        torch.manual_seed(0)
+        words = json.loads((model_dir / "tokenizer.json").read_text())["model"]["vocab"]
+        config = BertConfig(
+            vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+            intermediate_size=24, max_position_embeddings=16,
+            id2label={0: "warm", 1: "cold"}, label2id={"warm": 0, "cold": 1},
+        )  # fmt: skip
+        directory = tmp_path / "stock"
+        BertForSequenceClassification(config).save_pretrained(directory)
+        AutoTokenizer.from_pretrained(model_dir).save_pretrained(directory)
+        return directory
+
+    def test_stock_classifier(self, stock_dir, data, tmp_path):
+        settings = ("--set", "model.max_tokens=12")
+        out = tmp_path / "s.json"
+        result = self.evaluate(stock_dir, out, data[:1], *settings)
+        assert (result.exit_code, result.stderr) == (0, "")
+        content = json.loads(out.read_text())
+        assert content["made_by"]["options"]["model"]["max_tokens"] == 12
+        assert content["files"]["colours-test"]["unknown_labels"] == []
+        answers = {
+            p.prediction for p in read_predictions(tmp_path / "s.predictions/colours-test.jsonl")
+        }
+        assert answers <= {"warm", "cold"}
+
+    def test_encoder_without_a_head_needs_to_be_told(self, stock_dir, data, tmp_path):
+        BertModel.from_pretrained(stock_dir).save_pretrained(stock_dir)
+        result = self.evaluate(stock_dir, tmp_path / "s.json", data)
+        assert (result.exit_code, result.stdout) == (3, "")
+        assert "model.kind" in result.stderr
+        more = ("--set", "model.kind=classifier")
+        result = self.evaluate(stock_dir, tmp_path / "s.json", data, *more)
+        assert (result.exit_code, result.stdout) == (3, "")
+        assert "no classifier whose labels are known" in result.stderr
+        assert not (tmp_path / "s.json").exists()
 
 
 class TestImportance:
@@ -502,6 +582,19 @@ class TestImportance:
         assert (result.exit_code, result.stdout) == (3, "")
         assert "the gradient of batch 1 is not finite" in result.stderr
         assert not (tmp_path / "r").exists()
+
+    def test_parameters_that_the_files_lack_are_said(self, model_dir, data, tmp_path):
+        model = tmp_path / "model"
+        shutil.copytree(model_dir, model)
+        tensors = safetensors.torch.load_file(model / "model.safetensors")
+        del tensors["classifier.bias"]
+        safetensors.torch.save_file(tensors, model / "model.safetensors", {"format": "pt"})
+        result = self.measure(model, tmp_path / "s", data[0])
+        assert result.exit_code == 0
+        assert error_lines(result) == [
+            "not in the checkpoint's files, kept under their own names: classifier.bias"
+        ]
+        assert read_snapshot(tmp_path / "s").details["not_in_files"] == ["classifier.bias"]
 
     @pytest.mark.parametrize(
         ("arguments", "code"),

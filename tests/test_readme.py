@@ -60,7 +60,7 @@ def test_phases_of_the_readme_run(tmp_path, monkeypatch):
     for line in block.splitlines():
         result = typer.testing.CliRunner().invoke(app, shlex.split(line)[1:])
         assert result.exit_code == 0, f"{line}\n{result.output}"
-    assert "share important" in result.stdout
+    assert "20.0%" in result.stdout
     scores = json.loads((tmp_path / "try/scores.json").read_text())
     assert 0 < scores["mean"]["score"] <= 1
     fused, inner = (Path("try/round-1", n, "model.safetensors") for n in ("fused", "inner"))

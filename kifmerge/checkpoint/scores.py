@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,38 +29,18 @@ class Scores:
     Args:
         source: of the tensors as a snapshot, or an accumulator, keeps them.
         kind: S*U, or S alone.
-
-    Raises:
-        CheckpointError: tensors that are no scores, or that do not fit together.
     """
 
     def __init__(self, source: Source, kind: Score) -> None:
         self._source = source
         self._kind = kind
         self._keys: dict[str, tuple[str, ...]] = {}
-        found = {key: source.info(key) for key in source.names()}
-        for key in found:
+        for key in source.names():
             what, _, name = key.partition("/")
-            if what in ("score", "sensitivity") and name:
-                pair = (key,) if what == "score" else (key, f"uncertainty/{name}")
-                self._keys.setdefault(name, pair)
-        problems = [p for key, info in found.items() for p in self._problems(key, info, found)]
-        if problems:
-            label = source.where(next(iter(found)))
-            raise CheckpointError(problem_list(f"{label} holds no importance scores", problems))
-
-    def _problems(
-        self, key: str, info: TensorInfo, found: Mapping[str, TensorInfo]
-    ) -> typing.Iterator[str]:
-        what, _, name = key.partition("/")
-        if what not in _KINDS or not name:
-            yield f"{key}: expected one of {', '.join(f'{kind}/NAME' for kind in _KINDS)}"
-        elif info.dtype not in _DTYPES:
-            yield f"{key}: expected float32 or bfloat16, found {info}"
-        elif what != "score":
-            other = f"{'uncertainty' if what == 'sensitivity' else 'sensitivity'}/{name}"
-            if other not in found or found[other].shape != info.shape:
-                yield f"{other}: expected {list(info.shape)}, found {found.get(other, 'none')}"
+            if what == "score":
+                self._keys[name] = (key,)
+            elif what == "sensitivity":
+                self._keys.setdefault(name, (key, f"uncertainty/{name}"))
 
     def names(self) -> Sequence[str]:
         """Names of the parameters, in the order of their files."""
@@ -72,8 +52,11 @@ class Scores:
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Scores of a flat part of a parameter."""
-        parts = [self._source.read(key, start, stop) for key in self._find(name)]
-        return parts[0] if len(parts) == 1 else score(parts[0], parts[1], self._kind)
+        first, *second = self._find(name)
+        values = self._source.read(first, start, stop)
+        if not second:
+            return values
+        return score(values, self._source.read(second[0], start, stop), self._kind)
 
     def where(self, name: str) -> str:
         """The file."""
@@ -111,7 +94,23 @@ def open_scores(directory: Path | str) -> Scores:
     kind: Score = options.get("score", "product") if isinstance(options, dict) else "product"
     if kind not in typing.get_args(Score):
         raise CheckpointError(f"{directory / DETAIL_FILE}: score: {kind!r} is not known here")
-    scores = Scores(FolderSource(directory, Path(TENSOR_FILE).stem), kind)
-    if not scores.names():
-        raise CheckpointError(f"{directory}: the importance snapshot is empty")
-    return scores
+    source = FolderSource(directory, Path(TENSOR_FILE).stem)
+    found = {key: source.info(key) for key in source.names()}
+    problems = [p for key, info in found.items() for p in _problems(key, info, found)]
+    if problems or not found:
+        problems = problems or ["expected at least one tensor, found none"]
+        raise CheckpointError(problem_list(f"{directory} holds no importance snapshot", problems))
+    return Scores(source, kind)
+
+
+def _problems(key: str, info: TensorInfo, found: Mapping[str, TensorInfo]) -> Iterator[str]:
+    """What is wrong with a tensor of a snapshot."""
+    what, _, name = key.partition("/")
+    if what not in _KINDS or not name:
+        yield f"{key}: expected one of {', '.join(f'{kind}/NAME' for kind in _KINDS)}"
+    elif info.dtype not in _DTYPES:
+        yield f"{key}: expected float32 or bfloat16, found {info}"
+    elif what != "score":
+        other = f"{'uncertainty' if what == 'sensitivity' else 'sensitivity'}/{name}"
+        if other not in found or found[other].shape != info.shape:
+            yield f"{other}: expected {list(info.shape)}, found {found.get(other, 'none')}"

@@ -82,12 +82,15 @@ class MemorySource:
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """A view."""
-        if name not in self._flat:
-            self._flat[name] = self._find(name).detach().reshape(-1)
-        flat = self._flat[name]
-        if not 0 <= start <= stop <= flat.numel():
-            raise IndexError(f"{name}: elements {start} to {stop} of {flat.numel()}")
-        return flat if stop - start == flat.numel() else flat[start:stop]
+        flat = self._flat.get(name)
+        if flat is None:
+            flat = self._flat[name] = self._find(name).detach().reshape(-1)
+        numel = flat.numel()
+        if start == 0 and stop == numel:
+            return flat
+        if not 0 <= start <= stop <= numel:
+            raise IndexError(f"{name}: elements {start} to {stop} of {numel}")
+        return flat[start:stop]
 
     def where(self, name: str) -> str:
         """The label."""

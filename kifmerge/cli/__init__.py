@@ -22,11 +22,11 @@ _COMMANDS: tuple[Callable[..., None], ...] = (
     sequence.report,
     train.train,
     train.replay,
-    measure.memory,
-    measure.evaluate,
     measure.importance,
+    measure.memory,
     fuse.prune,
     fuse.merge,
+    measure.evaluate,
     look.inspect,
 )
 

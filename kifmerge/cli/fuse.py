@@ -110,7 +110,7 @@ def merge(
         ),
     ] = None,
     temperature: Annotated[
-        float | None, typer.Option(help="Of the softmax of recurrent-kif-adaptive; 0.25 if not.")
+        float | None, typer.Option(help="Of recurrent-kif-adaptive; 0.25 if not given.")
     ] = None,
     historical_parent: Annotated[
         Literal["new", "base"] | None,

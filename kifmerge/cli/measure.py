@@ -10,45 +10,32 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from kifmerge.cli.options import JsonOption, QuietOption
+from kifmerge.cli.options import (
+    AdapterOption,
+    ColumnsOption,
+    DryRunOption,
+    JsonOption,
+    ModelOption,
+    QuietOption,
+    ReplaceOption,
+    RowsOption,
+    SettingsOption,
+    column_templates,
+)
 from kifmerge.cli.output import print_mapping
 
 if TYPE_CHECKING:
     from kifmerge.display import ProgressDisplay
     from kifmerge.phases.data import DataOptions
-    from kifmerge.phases.model import LoadedModel
     from kifmerge.recipe import Recipe
-
-ModelOption = Annotated[
-    str, typer.Option("--model", metavar="REF", help="Base, whole model or adapter: a folder.")
-]
-AdapterOption = Annotated[
-    str | None, typer.Option("--adapter", metavar="REF", help="LoRA adapter on top of the base.")
-]
-SettingsOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="An option, such as model.kind=causal-lm."),
-]
 
 SourcesOption = Annotated[
     list[str],
     typer.Option("--data", metavar="FILE", help="Rows of a task, or hf://datasets/...; repeat it."),
 ]
-ColumnsOption = Annotated[
-    list[str] | None,
-    typer.Option("--column", metavar="KEY=TEMPLATE", help="Maps the columns, as in a recipe."),
-]
 LabelsOption = Annotated[
     list[str] | None,
     typer.Option("--label", metavar="NAME", help="A label that outputs must be among; repeat it."),
-]
-RowsOption = Annotated[
-    int | None,
-    typer.Option("--rows", min=1, help="Use so many rows of each file, drawn at random."),
-]
-ReplaceOption = Annotated[bool, typer.Option("--overwrite", help="Replace what --out holds.")]
-DryRunOption = Annotated[
-    bool, typer.Option("--dry-run", help="Check the rows, print the options, and stop.")
 ]
 
 
@@ -107,6 +94,7 @@ def evaluate(
     from kifmerge.display import ProgressDisplay
     from kifmerge.phases.data import read_examples
     from kifmerge.phases.evaluate import evaluate_files, finished_evaluation, source_names
+    from kifmerge.phases.measure import open_at_rest
 
     reading = _data_options(sources, columns, labels, num_rows)
     named = dict(zip(source_names(sources), sources, strict=True))
@@ -125,7 +113,7 @@ def evaluate(
             display.say(f"{out} holds the scores of this very evaluation already: nothing to do")
         else:
             content = evaluate_files(
-                _opened(found, adapter),
+                open_at_rest(found.model, adapter, found.training),
                 files,
                 out,
                 labels=reading.labels,
@@ -179,7 +167,12 @@ def importance(
     from kifmerge.checkpoint.source import open_source
     from kifmerge.display import ProgressDisplay
     from kifmerge.phases.data import read_examples
-    from kifmerge.phases.measure import MeasureOptions, measure_importance, write_measurement
+    from kifmerge.phases.measure import (
+        MeasureOptions,
+        measure_importance,
+        open_at_rest,
+        write_measurement,
+    )
 
     reading = _data_options([source], columns, labels, samples)
     examples = read_examples(source, reading)
@@ -203,7 +196,7 @@ def importance(
             kept_in = adapter or str(found.model.reference)
             files = open_source(kept_in) if Path(kept_in).is_dir() else None
             measured = measure_importance(
-                _opened(found, adapter),
+                open_at_rest(found.model, adapter, found.training),
                 examples,
                 options,
                 files,
@@ -216,22 +209,22 @@ def importance(
         if details["skipped_batches"]:
             display.say(f"{details['skipped_batches']} batches left out: a gradient was not finite")
         if details["not_in_files"]:
-            names = ", ".join(details["not_in_files"][:3])
-            display.say(
-                f"{len(details['not_in_files'])} parameters are not in the checkpoint's files, and "
-                f"are kept under names of their own: {names}"
-            )
-    shown = ("options", "dtype", "batch_size", "samples", "batches", "skipped_batches")
-    print_mapping({"out": str(out), **{k: details[k] for k in shown}}, json_output=json_output)
+            names, more = details["not_in_files"][:3], len(details["not_in_files"]) - 3
+            shown = ", ".join(names) + (f" and {more} more" if more > 0 else "")
+            display.say(f"not in the checkpoint's files, kept under their own names: {shown}")
+    figures = ("options", "dtype", "batch_size", "samples", "batches", "skipped_batches")
+    print_mapping({"out": str(out), **{k: details[k] for k in figures}}, json_output=json_output)
 
 
 def _model_options(
     model: str, adapter: str | None, settings: Sequence[str] | None
 ) -> tuple[Recipe, str | None]:
     """How a model is used, by what its checkpoint says and the settings; and its adapter."""
+    from kifmerge.phases.model import quieten_libraries
     from kifmerge.phases.opening import parted, saved_section
     from kifmerge.recipe import phase_recipe
 
+    quieten_libraries()
     base, adapter = parted(model, adapter)
     section = saved_section(base, adapter)
     no_task = {"name": "rows", "train": "rows", "test": "rows"}
@@ -241,18 +234,6 @@ def _model_options(
 def _recorded(found: Recipe, reading: DataOptions) -> dict[str, Any]:
     """The options that a result depends on, whatever the command."""
     return {"model": dataclasses.asdict(found.model), "data": dataclasses.asdict(reading)}
-
-
-def _opened(found: Recipe, adapter: str | None) -> LoadedModel:
-    import transformers
-
-    from kifmerge.phases.opening import open_model
-    from kifmerge.phases.train import training_device
-
-    transformers.logging.disable_progress_bar()  # stderr is for our own progress
-    loaded = open_model(found.model, adapter)
-    loaded.model.to(training_device(found.training))  # type: ignore[arg-type]
-    return loaded
 
 
 def _counter(display: ProgressDisplay, phase: str, total: int) -> Callable[[int], None]:
@@ -298,11 +279,6 @@ def _data_options(
     twice = sorted({source for source in sources if sources.count(source) > 1})
     if twice:
         raise typer.BadParameter(f"--data {twice[0]} is given twice")
-    templates = {}
-    for column in columns or []:
-        key, separator, template = column.partition("=")
-        if not separator or not key or key in templates:
-            problem = "is given twice" if key in templates else "is not KEY=TEMPLATE"
-            raise typer.BadParameter(f"--column {column} {problem}")
-        templates[key] = template
-    return DataOptions(columns=templates, labels=tuple(labels or ()), num_rows=num_rows)
+    return DataOptions(
+        columns=column_templates(columns), labels=tuple(labels or ()), num_rows=num_rows
+    )

@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kifmerge.cli.options import JsonOption, OverwriteOption, QuietOption
+from kifmerge.cli.options import (
+    AdapterOption,
+    ColumnsOption,
+    DryRunOption,
+    JsonOption,
+    ModelOption,
+    QuietOption,
+    ReplaceOption,
+    RowsOption,
+    SettingsOption,
+    column_templates,
+)
 from kifmerge.cli.output import print_mapping
 
 if TYPE_CHECKING:
@@ -18,29 +29,15 @@ if TYPE_CHECKING:
     from kifmerge.phases.chain import ChainStep
     from kifmerge.phases.steps import PhaseRecord
 
-ModelOption = Annotated[
-    str, typer.Option("--model", metavar="REF", help="Base, whole model or adapter to go on with.")
-]
-AdapterOption = Annotated[
-    str | None, typer.Option("--adapter", metavar="REF", help="LoRA adapter on top of the base.")
-]
 OutOption = Annotated[Path, typer.Option("--out", help="Folder to make.")]
 RecipeOption = Annotated[
     Path | None, typer.Option("--recipe", help="Recipe whose options are taken: see kifmerge run.")
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="An option, such as training.epochs=3."),
 ]
 StateOption = Annotated[
     Path | None, typer.Option("--state", help="State that the step before left: OUT/state.")
 ]
 SeedOption = Annotated[
     int | None, typer.Option(help="Of row order, dropout, memory batches; the state's, or 0.")
-]
-ColumnOption = Annotated[
-    list[str] | None,
-    typer.Option("--column", metavar="KEY=TEMPLATE", help="Map columns, as text={title} {body}."),
 ]
 
 
@@ -57,7 +54,7 @@ def train(
     ] = None,
     state: StateOption = None,
     recipe: RecipeOption = None,
-    settings: SetOption = None,
+    settings: SettingsOption = None,
     seed: SeedOption = None,
     initial_seed: Annotated[
         int | None, typer.Option(help="Of a fresh adapter or head; the seed if not given.")
@@ -65,14 +62,10 @@ def train(
     label: Annotated[
         list[str] | None, typer.Option(help="Label that the head covers; those met are added.")
     ] = None,
-    column: ColumnOption = None,
-    rows: Annotated[
-        int | None, typer.Option(min=1, help="A fixed random sample of so many rows.")
-    ] = None,
-    overwrite: OverwriteOption = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check all, print the options, and stop.")
-    ] = False,
+    columns: ColumnsOption = None,
+    num_rows: RowsOption = None,
+    overwrite: ReplaceOption = False,
+    dry_run: DryRunOption = False,
     json_output: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -82,7 +75,7 @@ def train(
     from kifmerge.phases.data import labels_met
 
     extra = [] if total_steps is None else [f"training.max_steps={total_steps}"]
-    task = {"train": data, "columns": _columns(column), "train_rows": rows}
+    task = {"train": data, "columns": column_templates(columns) or None, "train_rows": num_rows}
     step, examples = _step(
         model, adapter, task, state, recipe, [*(settings or []), *extra],
         seed=seed, initial_seed=initial_seed, num_steps=steps,
@@ -114,12 +107,10 @@ def replay(
     ] = None,
     state: StateOption = None,
     recipe: RecipeOption = None,
-    settings: SetOption = None,
+    settings: SettingsOption = None,
     seed: SeedOption = None,
-    overwrite: OverwriteOption = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check all, print the options, and stop.")
-    ] = False,
+    overwrite: ReplaceOption = False,
+    dry_run: DryRunOption = False,
     json_output: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -150,10 +141,12 @@ def _step(
 ) -> tuple[ChainStep, list[Any]]:
     """The step with its rows, every option found: from the state, the recipe, the settings."""
     from kifmerge.phases.chain import ChainStep, kept_sections
+    from kifmerge.phases.model import quieten_libraries
     from kifmerge.phases.opening import parted, saved_section
     from kifmerge.phases.tasks import Task
     from kifmerge.recipe import phase_recipe
 
+    quieten_libraries()
     base, adapter = parted(model, adapter)
     kept = kept_sections(state)
     kept_seed = kept.pop("seed", 0)
@@ -179,17 +172,6 @@ def _step(
         num_steps=numbers["num_steps"],
     )
     return step, Task(found.tasks[0]).train
-
-
-def _columns(pairs: list[str] | None) -> dict[str, str] | None:
-    """KEY=TEMPLATE options as a mapping."""
-    columns = {}
-    for pair in pairs or []:
-        key, separator, template = pair.partition("=")
-        if not separator:
-            raise typer.BadParameter(f"--column {pair}: expected KEY=TEMPLATE")
-        columns[key] = template
-    return columns or None
 
 
 def _finish(

@@ -106,9 +106,10 @@ def train_into(
     """
     refuse_process_group()
     wanted = step.made_by("train")
-    if is_made(out_dir, PROVENANCE_FILE, wanted, overwrite=overwrite):
-        return kept_record(out_dir), False
     step_dir = _step_dir(out_dir, wanted)
+    if is_made(out_dir, PROVENANCE_FILE, wanted, overwrite=overwrite):
+        shutil.rmtree(step_dir, ignore_errors=True)
+        return kept_record(out_dir), False
     options = _phase_options(step, step_dir, wanted, digest(Path(step.source)))
     interrupted = newest_step(step_dir)
     weights = interrupted / CHECKPOINT if interrupted is not None else None

@@ -176,15 +176,7 @@ def evaluate_files(
     Returns:
         What was written: scores of each file and their mean, definitions, labels of the rows that
         the model does not know and cannot answer.
-
-    Raises:
-        CheckpointError: a classifier that knows no labels.
     """
-    if loaded.options.kind == "classifier" and not loaded.labels:
-        raise CheckpointError(
-            f"{loaded.options.reference} is a classifier without labels: expected kifmerge.json or "
-            "a configuration that names them"
-        )
     rows: dict[str, dict[str, Any]] = {}
     folder = predictions_dir(out)
     with whole_folder(folder, overwrite=True) as temporary:
@@ -226,6 +218,8 @@ def finished_evaluation(
     Raises:
         RunError: ``out`` or its predictions hold something else, not to be overwritten.
     """
+    if out == predictions_dir(out):
+        raise RunError(f"{out}: this is the name of the folder of predictions: choose another")
     in_the_way = [path for path in (out, predictions_dir(out)) if path.exists()]
     if out.is_file():
         try:

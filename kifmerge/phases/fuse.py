@@ -13,12 +13,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kifmerge.checkpoint.pieces import ReadSlice, pieces, read_piece, split_piece
+from kifmerge.checkpoint.pieces import pieces, read_piece, split_piece
 from kifmerge.checkpoint.sink import Sink
 from kifmerge.checkpoint.source import Source
 from kifmerge.phases.presets import RecurrentOptions, Role
 from kifmerge.phases.rules import RULES
-from kifmerge.phases.selection import mark_important, normalised_scores
+from kifmerge.phases.selection import ShowPiece, mark_important, normalised_scores
 
 ROLES: tuple[Role, Role] = ("new", "historical")
 
@@ -33,13 +33,13 @@ class Evidence:
     """What a rule is shown of each side.
 
     Attributes:
-        new: reads what the rule needs of the new task, slice by slice.
+        new: shows what the rule needs of the new task, piece by piece.
         historical: likewise of the earlier tasks.
         thresholds: (new, historical) where the scope is global and masks come from scores.
     """
 
-    new: ReadSlice
-    historical: ReadSlice
+    new: ShowPiece
+    historical: ShowPiece
     thresholds: tuple[float | None, float | None] = (None, None)
 
 
@@ -70,8 +70,8 @@ def gather_evidence(scores: Mapping[Role, Source], options: RecurrentOptions) ->
         for role in ROLES
     )
     return Evidence(
-        new=new_marks.read,
-        historical=historical_marks.read,
+        new=new_marks.show,
+        historical=historical_marks.show,
         thresholds=(new_marks.threshold, historical_marks.threshold),
     )
 
@@ -105,14 +105,14 @@ def fuse(
         ``new_only``, to the ``historical_only``, and to ``neither``.
     """
     rule = RULES[options.rule]
-    readers = [] if evidence is None else [evidence.new, evidence.historical]
+    sides = [] if evidence is None else [evidence.new, evidence.historical]
     overlap = _Overlap()
     for piece in pieces(weights.base, names, most_bytes=most_bytes):
         base, new, historical = (
             read_piece(source.read, piece)
             for source in (weights.base, weights.new, weights.historical)
         )
-        shown = [read_piece(read, piece) for read in readers]
+        shown = [show(piece) for show in sides]
         new_values, base_values = new.float(), base.float()
         parent = new_values if weights.historical_parent == "new" else base_values
         fused = rule.fuse(

@@ -16,6 +16,7 @@ from kifmerge.checkpoint.snapshot import write_snapshot
 from kifmerge.checkpoint.source import Source
 from kifmerge.errors import (
     MOST_PROBLEMS_SHOWN,
+    CheckpointError,
     DataError,
     TrainingError,
     check_at_least,
@@ -24,7 +25,9 @@ from kifmerge.errors import (
 from kifmerge.phases.data import Example, labels_met
 from kifmerge.phases.encode import collator, training_features
 from kifmerge.phases.importance import as_in_checkpoint, require_gradients, trained_parameters
-from kifmerge.phases.model import LoadedModel
+from kifmerge.phases.model import LoadedModel, ModelOptions, known_labels
+from kifmerge.phases.opening import open_model
+from kifmerge.phases.train import TrainingOptions, training_device
 from kifmerge.tensor.importance import (
     ImportanceAccumulator,
     ImportanceOptions,
@@ -83,6 +86,30 @@ class Measurement:
     num_samples: int
     num_batches: int
     num_skipped: int
+
+
+def open_at_rest(
+    options: ModelOptions, adapter: str | None, training: TrainingOptions
+) -> LoadedModel:
+    """Open a model to look at it or to let it answer: nothing of it is made afresh.
+
+    Args:
+        options: with a reference.
+        adapter: folder of its adapter.
+        training: says on which device.
+
+    Raises:
+        CheckpointError: it cannot be loaded, or is to be a classifier and has no head.
+    """
+    kept_in = adapter or str(options.reference)
+    if options.kind == "classifier" and not known_labels(Path(kept_in)):
+        raise CheckpointError(
+            f"{kept_in} is no classifier whose labels are known: expected a kifmerge.json, or a "
+            "config.json of a ...ForSequenceClassification, that names them"
+        )
+    loaded = open_model(options, adapter)
+    loaded.model.to(training_device(training))  # type: ignore[arg-type]
+    return loaded
 
 
 def measure_importance(
@@ -202,11 +229,10 @@ def names_in_files(
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     found = {}
     for name, value in values.items():
-        names = list(dict.fromkeys((name, *of_name.get(name, ()))))
-        others = [spelling for n in names for spelling in (n.removeprefix(prefix), prefix + n)]
+        names = dict.fromkeys((name, *of_name.get(name, ())))
         shape = tuple(value.shape)
         found[name] = [n for n in names if kept.get(n) == shape] or [
-            n for n in dict.fromkeys(others) if kept.get(n) == shape
+            bare for bare in (n.removeprefix(prefix) for n in names) if kept.get(bare) == shape
         ]
     return found
 

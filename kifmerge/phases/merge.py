@@ -10,11 +10,13 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from kifmerge.checkpoint.atomic import whole_folder, write_text
 from kifmerge.checkpoint.mask import MaskSource
+from kifmerge.checkpoint.pieces import read_piece
 from kifmerge.checkpoint.provenance import (
     PROVENANCE_FILE,
     is_made,
@@ -317,7 +319,8 @@ class Merge:
 
     def _evidence(self) -> Evidence | None:
         if self._masks:
-            return Evidence(new=self._masks["new"].read, historical=self._masks["historical"].read)
+            new, historical = (partial(read_piece, self._masks[role].read) for role in ROLES)
+            return Evidence(new=new, historical=historical)
         return gather_evidence({r: FiniteSource(s) for r, s in self._scores.items()}, self.rule)
 
     def _refuse_inputs_inside(self, out_dir: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -290,3 +291,11 @@ def _linear_names(model: PreTrainedModel) -> list[str]:
             if isinstance(module, torch.nn.Linear)
         }
     )
+
+
+def quieten_libraries() -> None:
+    """Leave the terminal to our own progress display."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    # PEFT asks transformers by an old name whenever an adapter is attached.
+    warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)

@@ -166,7 +166,7 @@ class Prune:
         shapes = ((name, self._scores.info(name).shape) for name in names)
         sink = MaskSink(directory, shapes, details)
         for piece in pieces(self._scores, names):
-            mask = read_piece(marks.read, piece)
+            mask = marks.show(piece)
             for part, values in split_piece(mask, piece):
                 sink.add(part.name, part.start, values)
             on_progress(mask.numel())
@@ -188,7 +188,7 @@ class Prune:
         for piece in pieces(base, [name for name in base.names() if name in scored]):
             # Chosen, not computed: base + (model - base) would round.
             pruned = torch.where(
-                read_piece(marks.read, piece),
+                marks.show(piece),
                 read_piece(model.read, piece),
                 read_piece(base.read, piece),
             )

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from kifmerge.checkpoint.pieces import ReadSlice, pieces, read_piece
+from kifmerge.checkpoint.pieces import Piece, pieces, read_piece
 from kifmerge.checkpoint.source import Source
 from kifmerge.tensor.fusion import normalise, score_bounds
 from kifmerge.tensor.selection import Scope, Threshold, importance_threshold, mask_above
+
+ShowPiece = Callable[[Piece], Tensor]
 
 
 class ScoreStream:
@@ -22,18 +25,17 @@ class ScoreStream:
         names: of some parameters; None takes all.
     """
 
-    def __init__(self, scores: Source, names: list[str] | None = None) -> None:
+    def __init__(self, scores: Source, names: Sequence[str] | None = None) -> None:
         self._scores = scores
-        self._names = names
+        self._pieces = list(pieces(scores, scores.names() if names is None else names))
 
     def __iter__(self) -> Iterator[Tensor]:
-        names = self._scores.names() if self._names is None else self._names
-        return (read_piece(self._scores.read, piece) for piece in pieces(self._scores, names))
+        return (read_piece(self._scores.read, piece) for piece in self._pieces)
 
 
 @dataclass(frozen=True, slots=True)
 class Marks:
-    """The important parameters of one side, marked while they are read.
+    """The important parameters of one side, marked while their scores are read.
 
     Attributes:
         scores: of the parameters.
@@ -45,9 +47,13 @@ class Marks:
     thresholds: Mapping[str, Threshold]
     threshold: float | None
 
-    def read(self, name: str, start: int, stop: int) -> Tensor:
-        """Bool for a flat part of a parameter: its score exceeds the threshold."""
-        return mask_above(self.scores.read(name, start, stop), self.thresholds[name])
+    def show(self, piece: Piece) -> Tensor:
+        """Bool for the parameters of a piece: the score exceeds the threshold."""
+        if self.threshold is not None:
+            return mask_above(read_piece(self.scores.read, piece), self.thresholds[piece[0].name])
+        return torch.cat(
+            [mask_above(self.scores.read(*part), self.thresholds[part.name]) for part in piece]
+        )
 
 
 def mark_important(
@@ -83,7 +89,7 @@ def mark_important(
     return Marks(scores, thresholds, None if common is None else common.value)
 
 
-def normalised_scores(scores: Source) -> ReadSlice:
-    """Reads scores min-max normalised over the whole model; one pass to find their bounds."""
+def normalised_scores(scores: Source) -> ShowPiece:
+    """Shows scores min-max normalised over the whole model; one pass to find their bounds."""
     bounds = score_bounds(ScoreStream(scores))
-    return lambda name, start, stop: normalise(scores.read(name, start, stop), bounds)
+    return lambda piece: normalise(read_piece(scores.read, piece), bounds)

@@ -162,6 +162,7 @@ class TaskSequence:
             before = stage_folders(self._start_dir, [])[0]
             loaded, record = self._train(folder, before, rows, [], method, stage=1)
             self._finish_stage(folder, loaded, ALL_TASKS, record=record)
+        shutil.rmtree(training_folder(folder), ignore_errors=True)
 
     def _train_stage(self, stages: Sequence[Path], method: Method, number: int) -> None:
         """Make stage ``number``, all before it being there."""
@@ -259,8 +260,10 @@ class TaskSequence:
             shutil.copyfile(last / STATE / name, directory / name)
 
     def _fill_in(self, stages: Sequence[Path]) -> None:
-        """Evaluate finished stages on tasks that were added since."""
+        """Evaluate finished stages on tasks that were added since, and tidy up beside them."""
         for stage in stages:
+            # Left where a process was killed between finishing a stage and removing this.
+            shutil.rmtree(training_folder(stage), ignore_errors=True)
             missing = [t for t in self.tasks if not prediction_path(stage, t.name).exists()]
             if missing:
                 checkpoint = stage / CHECKPOINT

@@ -11,6 +11,7 @@ References:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Literal
 
@@ -20,6 +21,11 @@ from torch import Tensor
 Redundant = Literal["average", "drop"]
 
 DEFAULT_SHARED_WEIGHTS = (0.4, 0.6)
+
+_TAYLOR_DEGREE = 7
+_LOG2_E = 1.4426950408889634
+_LN2_HIGH = 0.693359375  # few enough bits that its multiples by whole numbers are exact
+_LN2_LOW = -2.12194440e-4
 
 
 def recurrent_kif_weights(
@@ -122,8 +128,25 @@ def recurrent_kif_adaptive(
     >>> recurrent_kif_adaptive(0 * one, one, one, one, one, temperature=0.25)
     tensor([1.])
     """
-    new_weight = torch.sigmoid((new_score.float() - historical_score.float()) / temperature)
+    new_weight = _sigmoid((new_score.float() - historical_score.float()) / temperature)
     return add_vectors(base, new_vector, historical_vector, new_weight, 1.0 - new_weight)
+
+
+def _sigmoid(values: Tensor) -> Tensor:
+    """1 / (1 + exp(-x)) in float32, to within two units in the last place, down to 1e-38.
+
+    ``torch.sigmoid`` rounds an element by where it lies: vector registers, and what is left over
+    behind them in each thread, have exponentials of their own. A merge must not depend on how its
+    tensors are cut, so this takes only operations that IEEE 754 rounds in one way.
+    """
+    exponent = values.abs().clamp_(max=87.0).neg_()  # exp(-87) is the last normal number
+    power = exponent.mul(_LOG2_E).round_()
+    rest = exponent.sub_(power.mul(_LN2_HIGH)).sub_(power.mul(_LN2_LOW))
+    exponential = torch.full_like(rest, 1.0 / math.factorial(_TAYLOR_DEGREE))
+    for degree in reversed(range(_TAYLOR_DEGREE)):
+        exponential.mul_(rest).add_(1.0 / math.factorial(degree))
+    exponential.mul_(((power.to(torch.int32) + 127) << 23).view(torch.float32))
+    return torch.where(values < 0, exponential, 1.0) / (exponential + 1.0)
 
 
 def add_vectors(

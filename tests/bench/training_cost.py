@@ -157,7 +157,7 @@ def main() -> None:
             figures = measure(device, repeats, lora=lora)
             results[f"{work}, {name}"] = figures
             shown = ", ".join(f"{key} {value:.6g}" for key, value in figures.items())
-            print(f"{work}, {name}: {shown}", flush=True)  # noqa: T201
+            print(f"{work}, {name}: {shown}", flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=2))
 

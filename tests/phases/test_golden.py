@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+from kifmerge.checkpoint.pieces import Range
 from kifmerge.phases import loop as loop_module
 from kifmerge.phases.presets import PRESETS
 from kifmerge.phases.recurrent import RecurrentRounds
@@ -76,7 +77,7 @@ def replay(trace, tmp_path_factory):
                 marks = mark_important(scores, 0.2, "global", role)
                 infos = {name: scores.info(name) for name in scores.names()}
                 self_masks[role] = {
-                    name: marks.read(name, 0, info.numel).view(info.shape)
+                    name: marks.show([Range(name, 0, info.numel)]).view(info.shape)
                     for name, info in infos.items()
                 }
             made.masks.append(self_masks)

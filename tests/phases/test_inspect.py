@@ -459,7 +459,7 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("tensors", "words"),
         [
-            ({}, "empty"),
+            ({}, "expected at least one tensor"),
             ({"score/w": torch.zeros(0)}, "no scores"),
             ({"sensitivity/w": torch.ones(3)}, "uncertainty/w"),
             ({"score/w": torch.ones(3).int()}, "found int32"),
