@@ -85,9 +85,6 @@ class ResumableMixin:
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         assert isinstance(self, Trainer)
-        if not self.args.should_save:
-            self.write_state(self.step_dir)  # only takes part
-            return
         folder = self.step_dir / f"step-{self.state.global_step:08d}"
         if folder.exists():
             return
@@ -111,9 +108,8 @@ class ResumableMixin:
         """It came with the optimizer."""
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        assert isinstance(self, Trainer)
         if checkpoint is not None:
-            restore_generators(Path(checkpoint), self.args.process_index)
+            restore_generators(Path(checkpoint))
 
 
 class ResumableTrainer(RecurrentMixin, ResumableMixin, Trainer):

@@ -4,7 +4,7 @@ state.json               format, version, what the training is (to refuse anothe
                          param groups, schedule, gradient scaler, scalars of the random generators
 trainer_state.json       the Trainer's own: step and epoch, which give the position in the data
 optimizer.safetensors    ``PARAMETER/KEY``
-rng.safetensors          ``RANK/GENERATOR`` of every process
+rng.safetensors          random generators
 recurrent.*              accumulators and counters of the recurrent loop, if there is one
 
 Tensors in safetensors and the rest in JSON: nothing here is a pickle.
@@ -49,8 +49,6 @@ def write_state(
 ) -> None:
     """Write the state of a Trainer between two steps into a folder that exists.
 
-    Every process takes part, rank 0 writes.
-
     Args:
         directory: of this state alone.
         trainer: in training.
@@ -58,19 +56,10 @@ def write_state(
         identity: what the training is: :func:`read_state` compares it.
         figures: further JSON to keep.
     """
-    generators = _all_generators()
-    if not trainer.args.should_save:
-        return
     tensors, scalars = optimizer_state(trainer)
     safetensors.torch.save_file(tensors, directory / OPTIMIZER_FILE)
-    safetensors.torch.save_file(
-        {
-            f"{rank}/{key}": t
-            for rank, (kept, _) in enumerate(generators)
-            for key, t in kept.items()
-        },
-        directory / RNG_FILE,
-    )
+    generators, numbers = _generators()
+    safetensors.torch.save_file(generators, directory / RNG_FILE)
     trainer.state.save_to_json(str(directory / TRAINER_FILE))
     if loop is not None:
         loop.save(directory)
@@ -86,7 +75,7 @@ def write_state(
             "optimizer": scalars,
             "schedule": _plain(_without_functions(trainer.lr_scheduler)),
             "scaler": None if scaler is None else scaler.state_dict(),
-            "rng": [numbers for _, numbers in generators],
+            "rng": numbers,
             **figures,
         },
     )
@@ -137,16 +126,10 @@ def restore_optimizer(trainer: Trainer, directory: Path) -> None:
         trainer.accelerator.scaler.load_state_dict(content["scaler"])
 
 
-def restore_generators(directory: Path, rank: int) -> None:
-    """Restore the random generators of one process."""
-    scalars = read_details(directory / STATE_FILE)["rng"]
-    if rank >= len(scalars):
-        raise CheckpointError(
-            f"{directory} is the state of {len(scalars)} processes, found rank {rank}: "
-            "go on with as many processes as before"
-        )
-    kept, numbers = _tensors(directory / RNG_FILE), scalars[rank]
-    tensors = {k.partition("/")[2]: v for k, v in kept.items() if k.startswith(f"{rank}/")}
+def restore_generators(directory: Path) -> None:
+    """Restore the random generators of this process."""
+    numbers = read_details(directory / STATE_FILE)["rng"]
+    tensors = _tensors(directory / RNG_FILE)
     version, gauss = numbers["python"]
     random.setstate((version, tuple(tensors["python"].tolist()), gauss))
     kind, position, has_gauss, cached = numbers["numpy"]
@@ -259,16 +242,6 @@ def _generators() -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors[f"cuda/{number}"] = torch.cuda.get_rng_state(number)
     numbers = {"python": [version, gauss], "numpy": [kind, position, has_gauss, cached]}
     return tensors, numbers
-
-
-def _all_generators() -> list[tuple[dict[str, Tensor], dict[str, Any]]]:
-    """Of every process, by rank."""
-    own = _generators()
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return [own]
-    gathered: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(gathered, own)
-    return gathered
 
 
 def _without_functions(scheduler: Any) -> dict[str, Any]:

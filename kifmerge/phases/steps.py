@@ -190,15 +190,14 @@ class PhaseTrainer(ResumableMixin, StockTrainer):
 
     def write(self, directory: Path, role: Role, record: PhaseRecord) -> None:
         """Write checkpoint, snapshot and state of this moment."""
-        if self.args.should_save:
-            self.loaded.save(directory, self.options.made_by)
-            write_accumulator(
-                directory / IMPORTANCE,
-                self.phase_loop.rounds.accumulators[role],
-                self.loaded.model,
-                {"role": role, "made_by": self.options.made_by},
-            )
-            (directory / STATE).mkdir()
+        self.loaded.save(directory, self.options.made_by)
+        write_accumulator(
+            directory / IMPORTANCE,
+            self.phase_loop.rounds.accumulators[role],
+            self.loaded.model,
+            {"role": role, "made_by": self.options.made_by},
+        )
+        (directory / STATE).mkdir()
         self.write_state(directory / STATE, last_phase=role, record=asdict(record))
 
     def begin_outer_steps(self, state_dir: Path | None) -> None:
