@@ -78,7 +78,7 @@ def test_slices_outside_and_unknown_names_are_errors(mask_dir):
 
 def test_parts_that_fill_no_whole_bytes_are_refused(tmp_path):
     sink = MaskSink(tmp_path, [("w", (20,))], DETAILS)
-    for start, length in [(4, 8), (0, 12)]:
+    for start, length in [(4, 16), (0, 12)]:
         with pytest.raises(ValueError, match="do not fill whole bytes"):
             sink.add("w", start, torch.zeros(length, dtype=torch.bool))
 

@@ -262,6 +262,12 @@ class TestRefusals:
         path.write_text(json.dumps(index))
         refused(tmp_path, r"b\.weight: expected in no shard, found in model-00001")
 
+    def test_tensor_in_two_shards(self, tmp_path):
+        folders.save(tmp_path, folders.random_tensors(0), num_shards=2)
+        twice = {"a.weight": torch.zeros(1), "b.weight": torch.zeros(1), "c.empty": torch.zeros(1)}
+        safetensors.torch.save_file(twice, tmp_path / "model-00001-of-00002.safetensors")
+        refused(tmp_path, r"model-00002-of-00002\.safetensors: a\.weight is in another shard too")
+
     @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}'])
     def test_damaged_index(self, tmp_path, text):
         path = tmp_path / "model.safetensors.index.json"

@@ -1,6 +1,7 @@
 """The engine over live tensors: the oracle's values, and laws that hold for every rule."""
 
-from dataclasses import replace
+import typing
+from dataclasses import fields
 
 import oracles
 import pytest
@@ -12,7 +13,7 @@ from kifmerge.checkpoint.scores import Scores
 from kifmerge.checkpoint.sink import MemorySink
 from kifmerge.checkpoint.source import MemorySource
 from kifmerge.phases.fuse import Weights, fuse, gather_evidence
-from kifmerge.phases.presets import RecurrentOptions
+from kifmerge.phases.presets import RecurrentOptions, Rule
 from kifmerge.phases.rules import RULES
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -198,15 +199,21 @@ def test_equal_scores_mark_nothing_and_warn(scope):
     assert case.shares["both"] == case.shares["historical_only"] == 0.0
 
 
+def test_one_tensor_of_equal_scores_is_no_reason_to_warn():
+    case = Case([5, 8], torch.float32, 0)
+    case.scores["new"]["w0"].fill_(1.0)
+    case.fused(RecurrentOptions(scope="tensor"))
+    assert case.shares["both"] + case.shares["new_only"] > 0
+
+
 def test_nothing_asked_for_is_no_reason_to_warn():
     case = Case([5, 8], torch.float32, 0)
     case.fused(RecurrentOptions(important_fraction=0.0))
     assert case.shares["neither"] == 1.0
 
 
-def test_every_rule_of_the_loop_is_in_the_table():
-    for name in ("recurrent-kif", "recurrent-kif-adaptive", "average"):
-        assert RULES[name].options == tuple(
-            option for option in RULES[name].options if hasattr(replace(RecurrentOptions()), option)
-        )
-    assert len(RULES) == 3
+def test_rules_are_those_of_the_loop():
+    named = typing.get_args(Rule)
+    assert {*RULES, "none"} == set(named)
+    known = {field.name for field in fields(RecurrentOptions)}
+    assert {option for rule in RULES.values() for option in rule.options} < known

@@ -168,7 +168,9 @@ class TestWeights:
             )
         masks = {role: files.folder / f"{role}-mask" for role in ("new", "historical")}
         inputs = replace(files.inputs(importance=False), masks=masks)
-        Merge(inputs, VARIANTS["recurrent-kif"]).run(files.folder / "by-masks")
+        merging = Merge(inputs, VARIANTS["recurrent-kif"])
+        merging.run(files.folder / "by-masks")
+        assert "scope" not in merging.made_by()["options"]
         assert tiny.same(files.merged("by-masks"), files.merged("by-scores"))
 
     def test_score_kind_is_the_snapshot_s_own(self, files):
@@ -279,6 +281,14 @@ class TestUnscored:
         assert files.merged()["frozen"].tolist() == [expected] * 3
         assert torch.equal(files.merged()["steps"], torch.arange(5))
 
+    def test_difference_in_one_piece_is_a_difference(self, files, monkeypatch):
+        monkeypatch.setattr(pieces_module, "CPU_PIECE_BYTES", 32)
+        frozen = [torch.zeros(30) for _ in range(3)]
+        frozen[1][9] = 1.0
+        self.files(files, frozen=frozen).refused("frozen: float32")
+        files.merge(VARIANTS["recurrent-kif"], unscored="average", historical_parent="base")
+        assert files.merged()["frozen"].nonzero().tolist() == [[9]]
+
     def test_whole_numbers_have_no_average(self, files):
         steps = [torch.arange(5) + number for number in range(3)]
         self.files(files, steps=steps).refused(
@@ -336,7 +346,8 @@ class TestRefusals:
 
     @pytest.mark.parametrize("role", ["base", "new", "historical"])
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-    def test_weights_that_are_not_finite(self, files, role, value):
+    def test_weights_that_are_not_finite(self, files, role, value, monkeypatch):
+        monkeypatch.setattr(pieces_module, "CPU_PIECE_BYTES", 64)
         files.write(torch.bfloat16)
         number = ["base", "new", "historical"].index(role)
         files.states[number]["z.weight"][3, 2] = value
