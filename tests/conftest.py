@@ -1,14 +1,19 @@
-"""What all tests share: one thread, patient hypothesis, no network, and where real data may be."""
+"""What all tests share: patient hypothesis, no network, Ctrl-C, and where real data may be."""
 
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, and their children too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("kifmerge", deadline=None, derandomize=True)
 settings.load_profile("kifmerge")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from kifmerge.cli.options import JsonOption, QuietOption
+from kifmerge.cli.options import DryRunOption, JsonOption, QuietOption, ReplaceOption
 from kifmerge.cli.output import print_mapping
 
 if TYPE_CHECKING:
@@ -27,10 +27,6 @@ FractionOption = Annotated[
 ScopeOption = Annotated[
     Literal["global", "tensor"] | None,
     typer.Option(help="One threshold over the whole model, the default, or one per tensor."),
-]
-ReplaceOption = Annotated[bool, typer.Option("--overwrite", help="Replace what --out holds.")]
-DryRunOption = Annotated[
-    bool, typer.Option("--dry-run", help="Check the inputs, print what would be done, and stop.")
 ]
 
 
