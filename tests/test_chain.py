@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ from typer.testing import CliRunner
 
 from kifmerge.cli import app
 from kifmerge.errors import RunError
+from kifmerge.phases.guard import GradientGuard
 
 LORA = {"targets": ["query", "value"], "rank": 2, "alpha": 4, "dropout": 0.1}
 LLAMA = {
@@ -130,6 +134,21 @@ class Chain:
         return self.folder / f"round-{number}"
 
 
+def _die_at_step(number, arguments):
+    """In a process of its own: call the command line, and die at the given optimizer step."""
+    admits, calls = GradientGuard.admits, 0
+
+    def dying(*args, **options):
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return admits(*args, **options)
+
+    GradientGuard.admits = dying
+    kifmerge(*arguments)
+
+
 def weights(folder: Path) -> bytes:
     (file,) = folder.glob("*.safetensors")
     return file.read_bytes()
@@ -246,6 +265,26 @@ class TestSteps:
         )  # fmt: skip
         assert "no step is left: the state stands at step 12 of 12" in result.stderr
         assert not (tmp_path / "more").exists()
+
+    @pytest.mark.slow
+    def test_killed_train_goes_on_from_its_latest_checkpoint(self, one_round, tmp_path):
+        arguments = [
+            "train", *one_round.model(None), *one_round.recipe, "--set", "training.save_steps=3",
+            "--data", one_round.data / "sizes-train.jsonl", "--quiet", "--json", "--out",
+        ]  # fmt: skip
+        kifmerge(*arguments, tmp_path / "whole")
+        process = multiprocessing.get_context("fork").Process(
+            target=_die_at_step, args=(8, [*arguments, tmp_path / "killed"])
+        )
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        assert not (tmp_path / "killed").exists()
+        (step,) = tmp_path.glob("killed.*.training/step-*")
+        assert step.name == "step-00000006"
+        assert json.loads(kifmerge(*arguments, tmp_path / "killed").stdout)["num_steps"] == 12
+        assert synthetic.weights(tmp_path / "killed") == synthetic.weights(tmp_path / "whole")
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "whole"]
 
     def test_several_processes_are_refused(self, one_round, monkeypatch):
         monkeypatch.setenv("WORLD_SIZE", "2")

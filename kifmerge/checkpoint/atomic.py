@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -87,7 +88,8 @@ def _unfinished_folder(path: Path) -> Iterator[Path]:
     folder: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=_TEMPORARY_PREFIX))
+        _remove_abandoned(path.parent)
+        folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{_owner_prefix()}{os.getpid()}-"))
         yield folder
     except (OSError, safetensors.SafetensorError) as error:
         if not _is_full_disk(error):
@@ -96,6 +98,30 @@ def _unfinished_folder(path: Path) -> Iterator[Path]:
     finally:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _owner_prefix() -> str:
+    """Begin of the names of temporary folders made on this machine; the process follows."""
+    machine = "".join(c for c in platform.node() if c.isalnum()) or "local"
+    return f"{_TEMPORARY_PREFIX}{machine}-"
+
+
+def _remove_abandoned(directory: Path) -> None:
+    """Remove what processes of this machine left in a folder that are there no more."""
+    for leftover in directory.glob(f"{_owner_prefix()}*"):
+        number = leftover.name.removeprefix(_owner_prefix()).partition("-")[0]
+        if number.isdigit() and not _is_running(int(number)):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _is_full_disk(error: Exception) -> bool:

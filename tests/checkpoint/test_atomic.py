@@ -223,3 +223,15 @@ def test_interrupted_process_leaves_nothing_at_all(tmp_path):
         time.sleep(0.1)
         process.send_signal(signal.SIGINT)
     assert names(tmp_path) == []
+
+
+def test_next_writer_removes_what_the_dead_left_and_nothing_else(tmp_path):
+    command = [sys.executable, "-c", WRITER, "whole_folder", str(tmp_path / "target")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "writing\n"
+        write_text(tmp_path / "file", "")
+        assert len(names(tmp_path)) == 2  # the other process is alive
+        process.send_signal(signal.SIGKILL)
+    (tmp_path / ".unfinished-elsewhere-1-abc").mkdir()  # of another machine
+    write_text(tmp_path / "file", "")
+    assert sorted(names(tmp_path)) == [".unfinished-elsewhere-1-abc", "file"]
