@@ -207,6 +207,7 @@ def one_round(tmp_path_factory):
     return chain
 
 
+@pytest.mark.slow
 class TestSteps:
     def test_done_step_does_nothing(self, one_round):
         before = synthetic.files(one_round.folder)

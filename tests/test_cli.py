@@ -150,6 +150,7 @@ class TestRun:
         result = invoke("report", out, "--json")
         assert json.loads(result.stdout) == json.loads((out / "results.json").read_text())
 
+    @pytest.mark.slow
     def test_json_and_quiet_of_the_installed_command(self, finished, recipe_path, tmp_path):
         out = tmp_path / "run"
         shutil.copytree(finished[0], out)
@@ -218,6 +219,7 @@ class TestErrors:
             f"kifmerge: {tmp_path} is not a run folder: no manifest.json"
         ]
 
+    @pytest.mark.slow
     def test_bad_row_of_the_installed_command(self, recipe_path, tmp_path):
         bad = synthetic.write_rows(tmp_path / "bad.jsonl", [{"text": "a", "label": "x"}, "{"])
         done = command(

@@ -430,6 +430,7 @@ class TestOrders:
         assert len(found) == 1
         assert found[0].startswith(place)
 
+    @pytest.mark.slow
     def test_run_follows_the_order_and_goes_on_in_it_alone(self, tmp_path):
         more = {"orders": {"1": ["colours", "sizes"], "2": ["sizes", "colours"]}}
         path = synthetic.write_recipe(tmp_path, methods=["sequential"], order=1, **more)

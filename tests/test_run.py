@@ -293,6 +293,7 @@ class TestSameBytes:
         assert not list(out.rglob(".unfinished-*"))
 
 
+@pytest.mark.slow
 class TestExtension:
     def test_further_task_goes_on_from_the_finished_ones(self, recipe_path, copied):
         old = ("start/seed-0/00-before", "start/seed-0/01-colours", SEQUENTIAL_LAST)

@@ -162,6 +162,7 @@ def _fail(*args, **kwargs):
     raise RuntimeError("stop here")
 
 
+@pytest.mark.slow
 class TestKeptOptimizer:
     def test_begins_where_the_task_before_ended(self, full, tmp_path):
         path, fresh = full
@@ -197,6 +198,7 @@ class TestKeptOptimizer:
         assert None not in report.matrices["score"]["sequential"][0][3]
 
 
+@pytest.mark.slow
 class TestState:
     def test_of_another_training_is_refused(self, full, folder, tmp_path):
         path, _ = full

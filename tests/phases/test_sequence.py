@@ -141,6 +141,7 @@ class TestAdapter:
 
 
 class TestMemory:
+    @pytest.mark.slow
     def test_earlier_training_files_may_disappear(self, tmp_path):
         """The memory keeps what is needed of them, where labels are declared."""
         recipe_path = synthetic.write_recipe(tmp_path, ["colours", "sizes", "sounds"])
