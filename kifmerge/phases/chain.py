@@ -13,19 +13,16 @@ from typing import Any
 from kifmerge.checkpoint.atomic import whole_folder
 from kifmerge.checkpoint.provenance import (
     PROVENANCE_FILE,
-    check_format,
-    digest,
     is_made,
     made_by,
-    read_details,
 )
 from kifmerge.errors import CheckpointError
-from kifmerge.phases import state
 from kifmerge.phases.data import Example
 from kifmerge.phases.model import LoadedModel, ModelOptions
 from kifmerge.phases.opening import open_model
 from kifmerge.phases.presets import RecurrentOptions
 from kifmerge.phases.resumable import CHECKPOINT, newest_step
+from kifmerge.phases.state import open_state
 from kifmerge.phases.steps import PhaseOptions, PhaseRecord, kept_record, replay_steps, train_steps
 from kifmerge.phases.train import (
     Progress,
@@ -110,7 +107,7 @@ def train_into(
     if is_made(out_dir, PROVENANCE_FILE, wanted, overwrite=overwrite):
         shutil.rmtree(step_dir, ignore_errors=True)
         return kept_record(out_dir), False
-    options = _phase_options(step, step_dir, wanted, digest(Path(step.source)))
+    options = _phase_options(step, step_dir, wanted, wanted["parents"]["data"]["digest"])
     interrupted = newest_step(step_dir)
     weights = interrupted / CHECKPOINT if interrupted is not None else None
     loaded = _opened(step, weights)
@@ -158,10 +155,7 @@ def kept_sections(state_dir: Path | None) -> dict[str, Any]:
 
 
 def _kept_state(state_dir: Path) -> dict[str, Any]:
-    content = read_details(state_dir / state.STATE_FILE)
-    if not content:
-        raise CheckpointError(f"{state_dir} holds no trainer state: no {state.STATE_FILE}")
-    check_format(content, state.FORMAT, state.VERSION, state_dir / state.STATE_FILE)
+    content = open_state(state_dir)
     if "data" not in content.get("identity", {}):
         raise CheckpointError(
             f"{state_dir} is the state of a whole run: expected one that train or replay left"

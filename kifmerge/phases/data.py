@@ -97,7 +97,12 @@ def read_examples(source: str, options: DataOptions) -> list[Example]:
 
 
 def write_examples(path: Path, examples: Iterable[Example]) -> None:
-    """Write examples as JSONL that :func:`read_examples` takes back unchanged, atomically."""
+    """Write examples as JSONL, atomically."""
+    write_text(path, as_jsonl(examples))
+
+
+def as_jsonl(examples: Iterable[Example]) -> str:
+    """Text of a JSONL file that :func:`read_examples` takes back unchanged."""
     lines = []
     for example in examples:
         row = {key: value for key, value in asdict(example).items() if value != ()}
@@ -105,7 +110,7 @@ def write_examples(path: Path, examples: Iterable[Example]) -> None:
             answer = {"role": "assistant", "content": example.output}
             row = {"id": example.id, "messages": [*example.messages, answer]}
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    write_text(path, "".join(lines))
+    return "".join(lines)
 
 
 def labels_met(examples: Iterable[Example]) -> list[str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import random
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
@@ -18,7 +17,7 @@ from typing import Any
 
 from kifmerge.checkpoint.atomic import whole_file
 from kifmerge.errors import RunError
-from kifmerge.phases.data import DataOptions, Example, read_examples, write_examples
+from kifmerge.phases.data import DataOptions, Example, as_jsonl, read_examples
 
 MOST_LABELS = 100
 
@@ -96,10 +95,7 @@ def write_memory(
         chosen = select_memory(examples, fraction, seed=seed + number)
         kept += chosen
         parts.append(MemoryPart(source, len(examples), len(chosen), seed + number))
-    with tempfile.TemporaryDirectory(prefix="kifmerge-") as scratch_dir:
-        scratch = Path(scratch_dir) / "memory.jsonl"
-        write_examples(scratch, kept)
-        content = scratch.read_bytes()
+    content = as_jsonl(kept).encode()
     is_there = out.is_file() and out.read_bytes() == content
     if not is_there:
         if out.is_dir():

@@ -81,16 +81,26 @@ def write_state(
     )
 
 
+def open_state(directory: Path) -> dict[str, Any]:
+    """The JSON of a state, whatever training it is of.
+
+    Raises:
+        CheckpointError: no state, or one of a newer version.
+    """
+    content = read_details(directory / STATE_FILE)
+    if not content:
+        raise CheckpointError(f"{directory} holds no trainer state: no {STATE_FILE}")
+    check_format(content, FORMAT, VERSION, directory / STATE_FILE)
+    return content
+
+
 def read_state(directory: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
     """The JSON of a state, found to be of the same training.
 
     Raises:
         CheckpointError: no state, one of a newer version, or another training's.
     """
-    content = read_details(directory / STATE_FILE)
-    if not content:
-        raise CheckpointError(f"{directory} holds no trainer state: no {STATE_FILE}")
-    check_format(content, FORMAT, VERSION, directory / STATE_FILE)
+    content = open_state(directory)
     before, now = content["identity"], _plain(identity)
     problems = [
         f"{key} was {before.get(key)!r} and is now {now.get(key)!r}"
@@ -171,8 +181,7 @@ def begin_with_optimizer(trainer: Trainer, directory: Path) -> None:
 
     A parameter that has changed its shape, such as a head that grew, begins afresh.
     """
-    content = read_details(directory / STATE_FILE)
-    check_format(content, FORMAT, VERSION, directory / STATE_FILE)
+    content = open_state(directory)
     assert trainer.optimizer is not None
     own = trainer.optimizer.state_dict()
     shapes = {n: p.shape for n, p in _live_parameters(trainer).items()}
