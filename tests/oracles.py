@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 
 import torch
@@ -90,3 +90,77 @@ def min_max(scores: Sequence[Tensor]) -> list[Tensor]:
     high = max(float(tensor.max()) for tensor in scores)
     span = high - low
     return [(t.to(torch.float64) - low) / span if span > 0 else t.double() * 0 for t in scores]
+
+
+def model_weights(marks: Sequence[bool], shares: Sequence[float], redundant: str) -> list[float]:
+    """Weights of any number of models for one parameter, from who finds it important."""
+    if not any(marks):
+        return [1 / len(marks) if redundant == "average" else 0.0] * len(marks)
+    total = sum(share for share, mark in zip(shares, marks, strict=True) if mark)
+    return [share / total if mark else 0.0 for share, mark in zip(shares, marks, strict=True)]
+
+
+def softmax(scores: Sequence[float], temperature: float) -> list[float]:
+    """exp(I_i/t) over the sum of all, for one parameter."""
+    exponentials = [math.exp(score / temperature) for score in scores]
+    return [exponential / sum(exponentials) for exponential in exponentials]
+
+
+def weighted(values: Sequence[float], weights: Sequence[float]) -> float:
+    """w_1 * x_1 + w_2 * x_2 + ..."""
+    return math.fsum(weight * value for weight, value in zip(weights, values, strict=True))
+
+
+def kif_value(
+    new: float,
+    historical: float,
+    new_important: bool,
+    historical_important: bool,
+    shared: tuple[float, float] = (0.3, 0.7),
+) -> float:
+    """KIF's static rule for one weight."""
+    if new_important and historical_important:
+        return shared[0] * new + shared[1] * historical
+    if new_important or historical_important:
+        return new if new_important else historical
+    return (new + historical) / 2
+
+
+def ties_update(values: Sequence[float], kept: Sequence[bool], weights: Sequence[float]) -> float:
+    """The merged task vector of TIES for one parameter, from what survived trimming."""
+    terms = [w * v for v, w, keep in zip(values, weights, kept, strict=True) if keep]
+    sizes = [abs(w) for w, keep in zip(weights, kept, strict=True) if keep]
+    sign = 1 if sum(terms) >= 0 else -1
+    agreeing = [index for index, term in enumerate(terms) if term * sign > 0]
+    if not agreeing:
+        return 0.0
+    return sum(terms[i] for i in agreeing) / sum(sizes[i] for i in agreeing)
+
+
+def largest(values: Sequence[float]) -> float:
+    """The value of the largest magnitude; the first of several."""
+    return max(values, key=abs)
+
+
+def element_by_element(rule: Callable[..., float], *tensors: Tensor | Sequence[Tensor]) -> Tensor:
+    """A rule for one parameter, over all of them; a sequence of tensors gives a list of numbers."""
+    flat = [
+        t.flatten().tolist()
+        if isinstance(t, Tensor)
+        else list(zip(*(one.flatten().tolist() for one in t), strict=True))
+        for t in tensors
+    ]
+    like = tensors[0] if isinstance(tensors[0], Tensor) else tensors[0][0]
+    values = [rule(*row) for row in zip(*flat, strict=True)]
+    return torch.tensor(values, dtype=torch.float64).reshape(like.shape)
+
+
+def distance_from_orthonormal(rows: Sequence[Sequence[float]]) -> float:
+    """||R R^T - I||_F of a matrix given as rows."""
+    return math.sqrt(
+        math.fsum(
+            (math.fsum(a * b for a, b in zip(first, second, strict=True)) - (i == j)) ** 2
+            for i, first in enumerate(rows)
+            for j, second in enumerate(rows)
+        )
+    )

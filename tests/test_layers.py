@@ -22,7 +22,7 @@ FACADE = "__init__"  # may name anything: it loads when asked
 ALLOWED_OUTSIDE = {
     "errors": set(),
     "tensor": {"torch"},
-    "checkpoint": {"torch", "safetensors", "huggingface_hub"},
+    "checkpoint": {"torch", "safetensors", "huggingface_hub", "filelock", "xxhash"},
 }
 HEAVY = {"torch", "transformers", "numpy", "pydantic", "safetensors", "yaml", "rich"}
 

@@ -32,9 +32,9 @@ def whole_file(path: Path) -> Iterator[Path]:
     with _unfinished_folder(path) as folder:
         temporary = folder / path.name
         yield temporary
-        _flush(temporary)
+        flush(temporary)
         temporary.replace(path)
-        _flush(path.parent)
+        flush(path.parent)
 
 
 @contextlib.contextmanager
@@ -55,11 +55,26 @@ def whole_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         yield temporary
         for inner in [*temporary.rglob("*"), temporary]:
-            _flush(inner)
+            flush(inner)
         if path.exists():
             path.rename(folder / "replaced")
         temporary.rename(path)
-        _flush(path.parent)
+        flush(path.parent)
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path, what_is_kept: str) -> Iterator[None]:
+    """Turn a full disk into an error that says so.
+
+    Raises:
+        TryAgainError: the disk is full.
+    """
+    try:
+        yield
+    except (OSError, safetensors.SafetensorError) as error:
+        if not _is_full_disk(error):
+            raise
+        raise TryAgainError(f"disk full while writing {path}: {what_is_kept}") from error
 
 
 def remove_unfinished(directory: Path) -> None:
@@ -90,11 +105,8 @@ def _unfinished_folder(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(path.parent)
         folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{_owner_prefix()}{os.getpid()}-"))
-        yield folder
-    except (OSError, safetensors.SafetensorError) as error:
-        if not _is_full_disk(error):
-            raise
-        raise TryAgainError(f"disk full while writing {path}: nothing was kept of it") from error
+        with disk_errors(path, "nothing was kept of it"):
+            yield folder
     finally:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -130,7 +142,8 @@ def _is_full_disk(error: Exception) -> bool:
     return f"os error {errno.ENOSPC}" in str(error) or f"os error {errno.EDQUOT}" in str(error)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Bring a file's content, or a folder's list of names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

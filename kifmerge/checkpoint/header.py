@@ -144,6 +144,11 @@ def header_of(infos: Iterable[tuple[str, TensorInfo]]) -> tuple[bytes, dict[str,
     return first, {name: PlacedTensor(info, len(first) + start) for name, info, start in starts}
 
 
+def bytes_of(values: torch.Tensor) -> Any:
+    """The memory of a contiguous CPU tensor as an array of bytes."""
+    return values.view(torch.uint8).numpy()
+
+
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) != len(pairs):

@@ -6,7 +6,7 @@ and memory stays flat when a huge tensor is cut.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -35,9 +35,13 @@ Piece = Sequence[Range]
 
 
 def pieces(
-    source: Source, names: Iterable[str], *, most_bytes: int | None = None
+    source: Source,
+    names: Iterable[str],
+    *,
+    most_bytes: int | None = None,
+    kind_of: Callable[[str], Hashable] | None = None,
 ) -> Iterator[Piece]:
-    """Bundle small tensors, and cut large ones, into pieces of one dtype and one device.
+    """Bundle small tensors, and cut large ones, into pieces of one kind, dtype and device.
 
     Cuts lie at multiples of 8 elements, so that bit masks can be cut there too. Empty tensors are
     in no piece.
@@ -46,23 +50,25 @@ def pieces(
         source: says how large each tensor is.
         names: of the tensors to go through, in order.
         most_bytes: of a piece as float32, which is what rules compute in.
+        kind_of: a tensor's name -> what its piece mates must share with it.
     """
     piece: list[Range] = []
-    kind: tuple[torch.dtype, torch.device] | None = None
+    kind: Hashable = None
     numel = 0
     for name in names:
         info = source.info(name)
         on_cpu = info.device.type == "cpu"
         limit_bytes = most_bytes or (CPU_PIECE_BYTES if on_cpu else ACCELERATOR_PIECE_BYTES)
         limit = max(limit_bytes // _FLOAT32_BYTES // _BITS, 1) * _BITS
+        own_kind = (info.dtype, info.device, kind_of and kind_of(name))
         for start in range(0, info.numel, limit):
             cut = Range(name, start, min(start + limit, info.numel))
             full = numel + cut.stop - start > limit
-            if piece and (full or kind != (info.dtype, info.device)):
+            if piece and (full or kind != own_kind):
                 yield piece
                 piece, numel = [], 0
             piece.append(cut)
-            kind, numel = (info.dtype, info.device), numel + cut.stop - start
+            kind, numel = own_kind, numel + cut.stop - start
     if piece:
         yield piece
 

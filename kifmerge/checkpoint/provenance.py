@@ -3,7 +3,7 @@
 Every artifact of a command is a folder (or a file with a folder's manners) whose JSON holds
 
     "made_by": {"command": NAME, "options": {...},
-                "parents": {ROLE: {"reference": REF, "digest": SHA256}}}
+                "parents": {ROLE: {"reference": REF, "digest": DIGEST}}}
 
 so that the same command, run again, sees that its work is done; so that an artifact of another
 model is refused; and so that a checkpoint can be rebuilt.
@@ -11,24 +11,25 @@ model is refused; and so that a checkpoint can be rebuilt.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from kifmerge.checkpoint.atomic import write_json
+from kifmerge.checkpoint.digest import digest
 from kifmerge.errors import CheckpointError, RunError
 
 PROVENANCE_FILE = "kifmerge.json"
 CHECKPOINT_FORMAT = "kifmerge.checkpoint"
 VERSION = 1
 
-_WEIGHT_PATTERNS = ("*.safetensors", "*.jsonl")
-
 
 def made_by(
-    command: str, options: Mapping[str, Any], parents: Mapping[str, Path | str | None]
+    command: str,
+    options: Mapping[str, Any],
+    parents: Mapping[str, Path | str | None],
+    digests: Mapping[str, str | None] | None = None,
 ) -> dict[str, Any]:
     """Describe how an artifact is made, its local parents by the digest of what they hold.
 
@@ -36,39 +37,19 @@ def made_by(
         command: name of the command.
         options: all that its result depends on, as plain JSON values.
         parents: role -> folder or file, or None where a role is not filled.
+        digests: role -> digest, where it is known already.
     """
+    known = digests or {}
     described = {
-        role: {"reference": str(parent), "digest": digest(Path(parent))}
+        role: {
+            "reference": str(parent),
+            "digest": known[role] if role in known else digest(Path(parent)),
+        }
         for role, parent in parents.items()
         if parent is not None
     }
     plain: Mapping[str, Any] = json.loads(json.dumps(options))
     return {"command": command, "options": plain, "parents": described}
-
-
-def digest(path: Path) -> str | None:
-    """SHA-256 over the weights of a folder (names and contents), or over one file.
-
-    None if there is nothing on this disk, as for a Hub reference.
-    """
-    if path.is_dir():
-        files = sorted(f for pattern in _WEIGHT_PATTERNS for f in path.glob(pattern))
-    else:
-        files = [path] if path.is_file() else []
-    if not files:
-        return None
-    whole = hashlib.sha256()
-    for file in files:
-        whole.update(f"{file.name} {_file_digest(file)}\n".encode())
-    return whole.hexdigest()
-
-
-def _file_digest(file: Path) -> str:
-    content = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            content.update(block)
-    return content.hexdigest()
 
 
 def is_made(path: Path, detail_file: str, wanted: Mapping[str, Any], *, overwrite: bool) -> bool:

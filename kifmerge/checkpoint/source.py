@@ -16,8 +16,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from kifmerge.checkpoint.header import PlacedTensor, TensorInfo, read_header
-from kifmerge.checkpoint.provenance import digest, read_details
+from kifmerge.checkpoint.digest import TensorDigests, digest
+from kifmerge.checkpoint.header import PlacedTensor, TensorInfo, bytes_of, read_header
+from kifmerge.checkpoint.provenance import read_details
 from kifmerge.errors import CheckpointError, problem_list
 
 __all__ = ["FolderSource", "MemorySource", "Source", "TensorInfo", "open_source"]
@@ -114,7 +115,8 @@ class MemorySource:
 class FolderSource:
     """The safetensors files of one artifact in a folder: ``STEM.safetensors``, or shards.
 
-    Only headers are read at first, and a slice costs its own bytes. Safe to read from in threads.
+    Only headers are read at first, and a slice costs its own bytes. Digests are taken of whatever
+    is read, so that :meth:`fingerprint` reads no more than the rest. Safe to read from in threads.
 
     Args:
         directory: the folder.
@@ -124,6 +126,7 @@ class FolderSource:
         directory: the folder.
         stem: what its files are named after.
         files: file name -> names of its tensors, in the order of the file.
+        digests: of the tensors that have been read whole.
 
     Raises:
         CheckpointError: nothing there, or damaged.
@@ -134,6 +137,7 @@ class FolderSource:
         self.stem = stem
         self._placed: dict[str, tuple[Path, PlacedTensor]] = {}
         self._states: dict[Path, tuple[int, int]] = {}
+        self.digests = TensorDigests()
         self._fingerprint: str | None = None
         single = f"{stem}.safetensors"
         if (directory / single).is_file():
@@ -183,6 +187,7 @@ class FolderSource:
         values = torch.empty(stop - start, dtype=tensor.info.dtype)
         if stop > start:
             self._read_into(path, tensor.offset + start * values.itemsize, values)
+        self.digests.feed(name, tensor.info, start, values)
         return values
 
     def _read_into(self, path: Path, offset: int, values: Tensor) -> None:
@@ -210,7 +215,14 @@ class FolderSource:
     def fingerprint(self) -> str:
         """The folder's digest, as provenance records it."""
         if self._fingerprint is None:
-            self._fingerprint = digest(self.directory)
+            finished = self.digests.finished()
+            known = {
+                f"{file}/{name}": finished[name]
+                for file, names in self.files.items()
+                for name in names
+                if name in finished
+            }
+            self._fingerprint = digest(self.directory, known)
         assert self._fingerprint is not None
         return self._fingerprint
 
@@ -298,8 +310,3 @@ def _weight_map(directory: Path, stem: str) -> dict[str, str]:
 def _file_state(path: Path) -> tuple[int, int]:
     status = path.stat()
     return status.st_size, status.st_mtime_ns
-
-
-def bytes_of(values: Tensor) -> Any:
-    """The memory of a contiguous CPU tensor as an array of bytes."""
-    return values.view(torch.uint8).numpy()

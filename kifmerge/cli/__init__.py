@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from kifmerge.cli import fuse, look, measure, sequence, train
+from kifmerge.cli import group, look, measure, merge, prune, sequence, train
 from kifmerge.errors import EXIT_INTERRUPTED, KifmergeError
 
 # In the order in which --help shows them.
@@ -24,10 +24,13 @@ _COMMANDS: tuple[Callable[..., None], ...] = (
     train.replay,
     measure.importance,
     measure.memory,
-    fuse.prune,
-    fuse.merge,
+    group.group,
+    prune.prune,
+    merge.merge,
     measure.evaluate,
     look.inspect,
+    look.diff,
+    look.verify,
 )
 
 
@@ -41,7 +44,8 @@ class _ErrorMapping(typer.core.TyperGroup):
             typer.echo(f"kifmerge: {error}", err=True)
             raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt as error:
-            typer.echo("kifmerge: interrupted; finished stages are kept", err=True)
+            kept = str(error) or "finished stages are kept"
+            typer.echo(f"kifmerge: interrupted; {kept}", err=True)
             raise typer.Exit(EXIT_INTERRUPTED) from error
 
 

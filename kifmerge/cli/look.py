@@ -1,20 +1,23 @@
-"""Commands that look at what is there: inspect."""
+"""Commands that look at what is there: inspect, diff, verify."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kifmerge.cli.options import JsonOption
+from kifmerge.cli.options import JsonOption, QuietOption
 from kifmerge.cli.output import print_mapping
+from kifmerge.cli.reporting import reporting
 
 if TYPE_CHECKING:
+    from kifmerge.phases.diff import Change, Diff
     from kifmerge.phases.inspect import Inspection
     from kifmerge.phases.layers import Layer, TensorEntry
     from kifmerge.phases.report import Table
+    from kifmerge.phases.verify import Verification
 
 _DIGEST_SHOWN = 12
 
@@ -23,11 +26,12 @@ def inspect(
     reference: Annotated[
         str,
         typer.Argument(
-            metavar="REF", help="Folder: checkpoint, adapter, snapshot, mask, state or run."
+            metavar="REF", help="Folder: checkpoint, adapter, snapshot, mask, units, state or run."
         ),
     ],
     important_fraction: Annotated[
-        float, typer.Option(min=0, max=1, help="Of a snapshot: the share to find important.")
+        float,
+        typer.Option(min=0, max=1, help="Of a snapshot or units: the share to find important."),
     ] = 0.2,
     json_output: JsonOption = False,
 ) -> None:
@@ -45,12 +49,83 @@ def inspect(
     else:
         found = inspect_folder(reference, important_fraction)
         content = found.as_dict() if json_output else _summary(found)
-        tables = [_tensor_table(found), _layer_table(found)]
+        has_tensors = kind != "skill units"
+        tables = [_tensor_table(found), _layer_table(found)] if has_tensors else []
         if kind == "importance snapshot" and important_fraction and not found.total.num_important:
             typer.echo("no score exceeds the threshold: nothing is important", err=True)
     print_mapping(content, json_output=json_output)
     if not json_output:
         print_tables(tables)
+
+
+def diff(
+    first: Annotated[
+        str,
+        typer.Argument(metavar="REF", help="Folder: checkpoint, adapter, snapshot or mask."),
+    ],
+    second: Annotated[
+        str, typer.Argument(metavar="REF", help="Another of the same kind, compared with it.")
+    ],
+    tensors: Annotated[
+        bool, typer.Option("--tensors", help="Show each tensor instead of each layer.")
+    ] = False,
+    json_output: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Show how far the numbers of two folders are apart, layer by layer."""
+    from kifmerge.display import print_tables
+    from kifmerge.phases.diff import FolderDiff
+
+    compared = FolderDiff(first, second)
+    with reporting("comparing", compared.num_values, quiet=quiet) as on_progress:
+        found = compared.run(on_progress=on_progress)
+    content = found.as_dict()
+    if json_output:
+        print_mapping(content, json_output=True)
+        return
+    print_mapping(
+        {key: content[key] for key in ("kind", "first", "second", "is_same")}, json_output=False
+    )
+    changes = ("tensor", found.tensors) if tensors else ("layer", found.layers)
+    print_tables([_change_table(*changes, found.total), *_apart_tables(found)])
+
+
+def verify(
+    reference: Annotated[
+        str,
+        typer.Argument(
+            metavar="DIR", help="Folder: checkpoint, adapter, snapshot, mask, units, state or run."
+        ),
+    ],
+    json_output: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Check that a folder is whole, holds numbers only, and is what its records say."""
+    from kifmerge.display import print_tables
+    from kifmerge.phases.verify import verify_folder, weight_bytes
+
+    def say(text: str) -> None:
+        if not quiet:
+            typer.echo(text, err=True)
+
+    with reporting("reading", weight_bytes(reference), quiet=quiet) as on_progress:
+        found = verify_folder(reference, on_progress=on_progress, say=say)
+    content = found.as_dict()
+    if json_output:
+        print_mapping(content, json_output=True)
+    else:
+        parents = {p.role: f"{p.state} ({p.reference})" for p in found.parents}
+        shown = {
+            "reference": reference,
+            "is_sound": content["is_sound"],
+            "parents": parents,
+            "notes": found.notes,
+        }
+        print_mapping(
+            {key: value for key, value in shown.items() if value != {}}, json_output=False
+        )
+        print_tables([_file_table(found)] if found.files else [])
+    found.refuse_problems()
 
 
 def _summary(found: Inspection) -> dict[str, Any]:
@@ -124,3 +199,62 @@ def _trial_table(trials: list[dict[str, Any]]) -> Table:
             for trial in trials
         ],
     )
+
+
+def _change_table(what: str, changes: Sequence[Change], total: Change) -> Table:
+    from kifmerge.phases.report import Table
+
+    columns: dict[str, Callable[[Change], str]] = {
+        what: lambda change: change.name,
+        **({} if what == "tensor" else {"tensors": lambda change: str(change.num_tensors)}),
+        "parameters": lambda change: f"{change.num_values:,}",
+        "changed": lambda change: _share(change.num_changed, change.num_values),
+        "max change": lambda change: format(change.max_change, ".4g"),
+        "mean change": lambda change: format(change.mean_change, ".4g"),
+        "relative change": lambda change: _figure(change.relative_change, ".4g"),
+        "cosine": lambda change: _figure(change.cosine, ".6f"),
+    }
+    if any(total.num_nonfinite):
+        columns["not finite"] = lambda change: " / ".join(f"{n:,}" for n in change.num_nonfinite)
+    rows = [[show(change) for show in columns.values()] for change in (*changes, total)]
+    return Table("Changes", list(columns), rows)
+
+
+def _apart_tables(found: Diff) -> list[Table]:
+    """Tensors that only one of two folders has, or that both have in different forms."""
+    from kifmerge.phases.report import Table
+
+    rows = [
+        *([name, "there", "none"] for name in found.only_first),
+        *([name, "none", "there"] for name in found.only_second),
+        *([name, *sides] for name, sides in found.other_shape.items()),
+        *([name, *sides] for name, sides in found.other_dtype.items()),
+    ]
+    return [Table("Not alike", ["tensor", "first", "second"], rows)] if rows else []
+
+
+def _share(part: int, whole: int) -> str:
+    """A percentage, in which nothing and all differ from almost nothing and almost all."""
+    if not part:
+        return "none"
+    if 0 < part < whole * 0.0001:
+        return "<0.01%"
+    if whole * 0.9999 < part < whole:
+        return ">99.99%"
+    return f"{part / whole:.2%}"
+
+
+def _file_table(found: Verification) -> Table:
+    from kifmerge.phases.report import Table
+
+    rows = [
+        [
+            file.file,
+            str(file.num_tensors),
+            f"{file.num_bytes:,}",
+            "unreadable" if file.num_nonfinite is None else f"{file.num_nonfinite:,}",
+            file.sha256,
+        ]
+        for file in found.files
+    ]
+    return Table("Files", ["file", "tensors", "bytes", "not finite", "SHA-256"], rows)

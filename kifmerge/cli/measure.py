@@ -140,7 +140,7 @@ def importance(
         Literal["mean", "ema"],
         typer.Option(help="The plain mean over batches, or smoothed as in training."),
     ] = "mean",
-    sensitivity: Annotated[
+    order: Annotated[
         Literal["first", "second", "mixed"],
         typer.Option(help="|w*g|, its square, or |w*g - (w*g)^2/2|."),
     ] = "first",
@@ -148,9 +148,21 @@ def importance(
     samples: Annotated[
         int | None, typer.Option(min=1, help="Use so many rows, drawn at random; all if not given.")
     ] = None,
+    targets: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--target",
+            metavar="PATTERN",
+            help="Measure only parameters whose name in the files matches, as *.q_proj.weight "
+            "does; repeat it.",
+        ),
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16"], typer.Option(help="In which the snapshot is written.")
+    ] = "float32",
     nonfinite: Annotated[
         Literal["skip", "raise"],
-        typer.Option(help="Leave out batches whose gradient is not finite, or stop."),
+        typer.Option(help="Leave out batches whose loss or gradient is not finite, or stop."),
     ] = "skip",
     columns: ColumnsOption = None,
     labels: LabelsOption = None,
@@ -179,9 +191,11 @@ def importance(
     found, adapter = _model_options(model, adapter, settings)
     options = MeasureOptions(
         average=average,
-        sensitivity=sensitivity,
+        sensitivity=order,
         batch_size=batch_size,
+        targets=tuple(targets or ()),
         nonfinite=nonfinite,
+        dtype=dtype,
     )
     recorded = {**_recorded(found, reading), **dataclasses.asdict(options)}
     parents = {"model": found.model.reference, "adapter": adapter, "data": source}
@@ -201,18 +215,24 @@ def importance(
                 options,
                 files,
                 on_batch=_counter(display, "measuring", len(examples)),
+                say=display.say,
             )
             details = {"model": found.model.reference, "adapter": adapter, "data": source}
             with whole_folder(out, overwrite=overwrite) as temporary:
                 write_measurement(temporary, measured, {**details, "made_by": wanted})
         details = read_details(out / DETAIL_FILE)
         if details["skipped_batches"]:
-            display.say(f"{details['skipped_batches']} batches left out: a gradient was not finite")
+            display.say(
+                f"{details['skipped_batches']} batches left out: a loss or gradient was not finite"
+            )
         if details["not_in_files"]:
             names, more = details["not_in_files"][:3], len(details["not_in_files"]) - 3
             shown = ", ".join(names) + (f" and {more} more" if more > 0 else "")
             display.say(f"not in the checkpoint's files, kept under their own names: {shown}")
-    figures = ("options", "dtype", "batch_size", "samples", "batches", "skipped_batches")
+    figures = (
+        "options", "targets", "dtype", "model_dtype",
+        "batch_size", "samples", "batches", "skipped_batches",
+    )  # fmt: skip
     print_mapping({"out": str(out), **{k: details[k] for k in figures}}, json_output=json_output)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated
+import re
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -37,6 +38,30 @@ ReplaceOption = Annotated[bool, typer.Option("--overwrite", help="Replace what -
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="Check all, print what would be done, and stop.")
 ]
+FractionOption = Annotated[
+    float | None,
+    typer.Option(min=0, max=1, help="Share of parameters found important; 0.2 if not given."),
+]
+ScopeOption = Annotated[
+    Literal["global", "tensor"] | None,
+    typer.Option(help="One threshold over the whole model, the default, or one per tensor."),
+]
+AllowOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="DIFFERENCE",
+        help="A difference between the inputs that is meant: config, labels, vocab, tokenizer, "
+        "chat-template, adapter, adapter-base or dtype; may be repeated.",
+    ),
+]
+NonfiniteOption = Annotated[
+    Literal["refuse", "keep"],
+    typer.Option(help="NaN and infinity in the weights: an error, or carried on."),
+]
+WorkersOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="Threads that read, compute and write; one per processor."),
+]
 
 
 def column_templates(columns: Sequence[str] | None) -> dict[str, str]:
@@ -53,3 +78,41 @@ def column_templates(columns: Sequence[str] | None) -> dict[str, str]:
             raise typer.BadParameter(f"--column {column} {problem}")
         templates[key] = template
     return templates
+
+
+def given(options: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Those of some options that were given."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def parse_allowed(names: Sequence[str] | None) -> Any:
+    """``--allow`` options as differences.
+
+    Raises:
+        BadParameter: one that does not exist.
+    """
+    from kifmerge.phases.meaning import MEANINGS
+
+    for name in names or ():
+        if name not in MEANINGS:
+            raise typer.BadParameter(f"--allow {name}: expected one of {', '.join(MEANINGS)}")
+    return tuple(names or ())
+
+
+def parse_bytes(text: str) -> int:
+    """A size such as 5GB, 500MB or 2GiB in bytes.
+
+    Raises:
+        BadParameter: no such size.
+
+    >>> parse_bytes("500MB"), parse_bytes("2 GiB"), parse_bytes("1000")
+    (500000000, 2147483648, 1000)
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    if match is None or (match[3] and not match[2]):
+        raise typer.BadParameter(f"{text!r} is no size: expected one such as 5GB, 500MB or 2GiB")
+    power = " KMGT".index(match[2].upper() or " ")
+    num_bytes = int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+    if num_bytes < 1:
+        raise typer.BadParameter(f"{text!r} is no size: expected at least one byte")
+    return num_bytes

@@ -62,6 +62,16 @@ def train(
     label: Annotated[
         list[str] | None, typer.Option(help="Label that the head covers; those met are added.")
     ] = None,
+    kif: Annotated[
+        bool, typer.Option("--kif", help="Train and score the whole task as KIF does: kif.*.")
+    ] = False,
+    only_units: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Train only skill units important to earlier tasks (KIF-M, a reconstruction).",
+        ),
+    ] = None,
     columns: ColumnsOption = None,
     num_rows: RowsOption = None,
     overwrite: ReplaceOption = False,
@@ -70,6 +80,8 @@ def train(
     quiet: QuietOption = False,
 ) -> None:
     """Train on a new task, or some steps of it: makes checkpoint, importance snapshot, state."""
+    if kif and only_units is not None:
+        raise typer.BadParameter("--kif scores a task, --only-units goes over memory: choose one")
     from kifmerge.display import ProgressDisplay
     from kifmerge.phases.chain import train_into
     from kifmerge.phases.data import labels_met
@@ -78,7 +90,7 @@ def train(
     task = {"train": data, "columns": column_templates(columns) or None, "train_rows": num_rows}
     step, examples = _step(
         model, adapter, task, state, recipe, [*(settings or []), *extra],
-        seed=seed, initial_seed=initial_seed, num_steps=steps,
+        kif=kif, only_units=only_units, seed=seed, initial_seed=initial_seed, num_steps=steps,
     )  # fmt: skip
     if step.model.kind == "classifier":
         labels = list(dict.fromkeys([*(label or []), *sorted(labels_met(examples))]))
@@ -137,6 +149,9 @@ def _step(
     state: Path | None,
     recipe: Path | None,
     settings: list[str],
+    *,
+    kif: bool = False,
+    only_units: Path | None = None,
     **numbers: int | None,
 ) -> tuple[ChainStep, list[Any]]:
     """The step with its rows, every option found: from the state, the recipe, the settings."""
@@ -150,6 +165,10 @@ def _step(
     base, adapter = parted(model, adapter)
     kept = kept_sections(state)
     kept_seed = kept.pop("seed", 0)
+    uses_kif = kif or only_units is not None or "kif" in kept
+    unused = [setting for setting in settings if setting.startswith("kif.")]
+    if unused and not uses_kif:
+        raise typer.BadParameter(f"--set {unused[0]}: nothing is trained for KIF without --kif")
     given = numbers["seed"]
     seed = kept_seed if given is None else given
     found = phase_recipe(
@@ -170,6 +189,8 @@ def _step(
         source=found.tasks[0].train,
         state_dir=state,
         num_steps=numbers["num_steps"],
+        kif=found.kif if uses_kif else None,
+        only_units=only_units,
     )
     return step, Task(found.tasks[0]).train
 

@@ -1,160 +1,164 @@
 """The engine: goes over all parameters in pieces, applies a rule, hands the result to a sink.
 
 The recurrent loop and the merge of files both run through here: with live tensors as sources and
-sink, or with folders.
+sink, or with folders. A piece is read, computed and written by one worker, others work on others;
+what comes out depends neither on the pieces nor on the workers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Hashable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from kifmerge.checkpoint.pieces import pieces, read_piece, split_piece
+from kifmerge.checkpoint.pieces import Piece, pieces, split_piece
 from kifmerge.checkpoint.sink import Sink
-from kifmerge.checkpoint.source import Source
-from kifmerge.phases.presets import RecurrentOptions, Role
-from kifmerge.phases.rules import RULES
-from kifmerge.phases.selection import ShowPiece, mark_important, normalised_scores
+from kifmerge.checkpoint.workers import Workers
+from kifmerge.phases.evidence import Evidence
+from kifmerge.phases.presets import Role
+from kifmerge.phases.rules import RULES, FusionOptions
+from kifmerge.phases.weights import Weights
 
 ROLES: tuple[Role, Role] = ("new", "historical")
 
-# Where the historical task vector starts: at the new task's weights when the historical training
-# went on from there, as in the recurrent loop, or at the base.
-HistoricalParent = Literal["new", "base"]
 OnProgress = Callable[[int], None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evidence:
-    """What a rule is shown of each side.
-
-    Attributes:
-        new: shows what the rule needs of the new task, piece by piece.
-        historical: likewise of the earlier tasks.
-        thresholds: (new, historical) where the scope is global and masks come from scores.
-    """
-
-    new: ShowPiece
-    historical: ShowPiece
-    thresholds: tuple[float | None, float | None] = (None, None)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Weights:
-    """Three states of one model, and where the historical task vector starts."""
-
-    base: Source
-    new: Source
-    historical: Source
-    historical_parent: HistoricalParent
-
-
-def gather_evidence(scores: Mapping[Role, Source], options: RecurrentOptions) -> Evidence | None:
-    """What the rule of the options needs, from the scores of both sides; None if it needs nothing.
-
-    Raises:
-        ValueError: no scores, or NaN among them.
-    """
-    needs = RULES[options.rule].needs
-    if needs == "nothing":
-        return None
-    if needs == "scores":
-        new, historical = (normalised_scores(scores[role]) for role in ROLES)
-        return Evidence(new=new, historical=historical)
-    new_marks, historical_marks = (
-        mark_important(scores[role], options.important_fraction, options.scope, role)
-        for role in ROLES
-    )
-    return Evidence(
-        new=new_marks.show,
-        historical=historical_marks.show,
-        thresholds=(new_marks.threshold, historical_marks.threshold),
-    )
 
 
 @torch.no_grad()
 def fuse(
     names: Iterable[str],
     weights: Weights,
-    evidence: Evidence | None,
-    options: RecurrentOptions,
+    evidence: Evidence,
+    options: FusionOptions,
     sink: Sink,
     *,
+    workers: Workers | None = None,
     most_bytes: int | None = None,
     on_progress: OnProgress | None = None,
-) -> dict[str, float]:
-    """Fuse the named tensors of two task vectors into a sink, piece by piece.
+) -> Overlap:
+    """Fuse the named tensors of several models into a sink, piece by piece.
 
     Sources and sink may share memory: a piece is read whole before any of it is written.
 
     Args:
         names: of floating-point tensors that all sources hold alike.
         weights: where they are read.
-        evidence: what the rule needs; None if it needs nothing.
+        evidence: what the rule needs.
         options: the rule and its options.
-        sink: takes the fused tensors; not committed here.
+        sink: takes the fused tensors in the dtype it wants them in; not committed here.
+        workers: share the pieces; None: the caller's own thread does all.
         most_bytes: of a piece, see :func:`kifmerge.checkpoint.pieces.pieces`.
         on_progress: told the number of parameters fused after each piece.
 
     Returns:
-        Under rules that use masks the shares of parameters important to ``both``, to the
-        ``new_only``, to the ``historical_only``, and to ``neither``.
+        Under rules that use masks, what the models find important in common.
     """
-    rule = RULES[options.rule]
-    sides = [] if evidence is None else [evidence.new, evidence.historical]
-    overlap = _Overlap()
-    for piece in pieces(weights.base, names, most_bytes=most_bytes):
-        base, new, historical = (
-            read_piece(source.read, piece)
-            for source in (weights.base, weights.new, weights.historical)
-        )
-        shown = [show(piece) for show in sides]
-        new_values, base_values = new.float(), base.float()
-        parent = new_values if weights.historical_parent == "new" else base_values
-        fused = rule.fuse(
-            base, new_values - base_values, historical.float() - parent, shown, options
-        )
-        if rule.needs == "masks":
-            overlap.count(shown)
-        for part, values in split_piece(fused, piece):
-            sink.add(part.name, part.start, values)
+    counts_masks = options.needs in ("masks", "unit-masks")
+    overlap = Overlap()
+
+    def fuse_piece(piece: Piece) -> tuple[int, Tensor | None]:
+        fused, shown = _fuse_piece(piece, weights, evidence, options)
+        values = fused.to(sink.info(piece[0].name).dtype)
+        for part, part_values in split_piece(values, piece):
+            sink.add(part.name, part.start, part_values)
+        return values.numel(), _count_overlap(shown) if counts_masks else None
+
+    def dtypes_of(name: str) -> Hashable:
+        return sink.info(name).dtype, *(source.info(name).dtype for source in weights.sources)
+
+    work = pieces(weights.models[0], names, most_bytes=most_bytes, kind_of=dtypes_of)
+    for numel, counts in (workers or Workers(0)).map(fuse_piece, work):
+        if counts is not None:
+            overlap.add_counts(counts, numel)
         if on_progress is not None:
-            on_progress(fused.numel())
-    return overlap.shares()
+            on_progress(numel)
+    return overlap
 
 
-class _Overlap:
-    """Counts what both sides, or one of them, find important."""
+def _fuse_piece(
+    piece: Piece, weights: Weights, evidence: Evidence, options: FusionOptions
+) -> tuple[Tensor, list[Tensor]]:
+    """Fused values of a piece, in float32, and what the rule was shown."""
+    rule = RULES[options.rule]
+    models = [weights.read(source, piece) for source in weights.models]
+    if rule.fuse_vectors is None:
+        assert rule.fuse_weights is not None
+        shown = [show(piece, m) for show, m in zip(evidence.shows, models, strict=False)]
+        return rule.fuse_weights(models, shown, options), shown
+    assert weights.base is not None
+    base = weights.read(weights.base, piece)
+    vectors = weights.vectors(base, models)
+    del models
+    shown = [show(piece, v) for show, v in zip(evidence.shows, vectors, strict=False)]
+    return rule.fuse_vectors(base, vectors, shown, options), shown
 
-    def __init__(self) -> None:
-        self._counts: Tensor | None = None
-        self._num_marked = 0
 
-    def count(self, shown: Sequence[Tensor]) -> None:
-        new, historical = shown
+class Overlap:
+    """How many parameters are important to all models, to none, and to each one alone.
+
+    Args:
+        counts: in this order; empty without masks.
+        num_marked: parameters that were looked at.
+    """
+
+    def __init__(self, counts: Sequence[int] = (), num_marked: int = 0) -> None:
+        self._counts = torch.tensor(counts, dtype=torch.int64) if counts else None
+        self.num_marked = num_marked
+
+    def __add__(self, other: Overlap) -> Overlap:
+        """Of both together."""
+        total = Overlap()
+        total.add(self)
+        total.add(other)
+        return total
+
+    def add(self, other: Overlap) -> None:
+        """Add what was found elsewhere."""
+        if other._counts is not None:
+            self.add_counts(other._counts, other.num_marked)
+
+    def add_counts(self, counts: Tensor, num_marked: int) -> None:
+        """Add the counts of a piece."""
         # Summed where the masks are: an answer each time would make an accelerator wait.
-        counts = torch.stack(
-            [
-                torch.count_nonzero(new & historical),
-                torch.count_nonzero(new),
-                torch.count_nonzero(historical),
-            ]
-        )
-        self._counts = counts if self._counts is None else self._counts.to(counts.device) + counts
-        self._num_marked += new.numel()
+        known = self._counts
+        self._counts = counts if known is None else known.to(counts.device) + counts
+        self.num_marked += num_marked
 
-    def shares(self) -> dict[str, float]:
+    @property
+    def counts(self) -> list[int]:
+        """Important to all, to none, and to each model alone; empty without masks."""
+        return [] if self._counts is None else [int(count) for count in self._counts.tolist()]
+
+    def shares(self, roles: Sequence[str] = ROLES) -> dict[str, float]:
+        """The same as shares of all: ``all`` (``both`` of two), ``ROLE_only``, ``neither``."""
         if self._counts is None:
             return {}
-        both, new, historical = (self._counts.double() / self._num_marked).tolist()
-        new_only, historical_only = new - both, historical - both
+        everybody, nobody, *alone = (self._counts.double() / self.num_marked).tolist()
+        two = len(alone) == 2
+        if len(alone) == 1:
+            roles, alone = (), []  # a single model is all of them
         return {
-            "both": both,
-            "new_only": new_only,
-            "historical_only": historical_only,
-            "neither": 1.0 - both - new_only - historical_only,
+            "both" if two else "all": everybody,
+            **{f"{role}_only": share for role, share in zip(roles, alone, strict=True)},
+            **({} if two else {"several": 1.0 - everybody - nobody - sum(alone)}),
+            "neither" if two else "none": nobody,
         }
+
+
+def _count_overlap(masks: Sequence[Tensor]) -> Tensor:
+    if len(masks) == 2:
+        first, second = masks
+        both = torch.count_nonzero(first & second)
+        alone = [torch.count_nonzero(mask) - both for mask in masks]
+        nobody = first.numel() - both - alone[0] - alone[1]
+        return torch.stack([both, nobody, *alone])
+    votes = torch.stack([mask.to(torch.uint8) for mask in masks]).sum(0, dtype=torch.uint8)
+    once = votes == 1
+    return torch.stack(
+        [
+            torch.count_nonzero(votes == len(masks)),
+            torch.count_nonzero(votes == 0),
+            *(torch.count_nonzero(mask & once) for mask in masks),
+        ]
+    )

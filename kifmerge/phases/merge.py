@@ -1,8 +1,9 @@
-"""Merging checkpoints: a base, a new and a historical one into a folder like the base's.
+"""Merging checkpoints into a folder like the base's: two sides of a training, or any number.
 
-Weights and importance are read and written in pieces, so that memory does not grow with the model;
-the folder appears when it is whole. What is computed is what a round of the recurrent loop
-computes, bit for bit.
+Weights and importance are read, fused and written in pieces, so that memory does not grow with the
+model; each output file is noted when it is whole, so that a killed merge goes on from there; the
+folder appears when all of it is. What is computed is what a round of the recurrent loop computes,
+bit for bit.
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from kifmerge.checkpoint.atomic import whole_folder, write_text
-from kifmerge.checkpoint.mask import MaskSource
-from kifmerge.checkpoint.pieces import read_piece
+from kifmerge.checkpoint.atomic import write_text
+from kifmerge.checkpoint.header import DTYPES
+from kifmerge.checkpoint.journal import refuse_occupied, remove_finished, resumable_folder
+from kifmerge.checkpoint.pieces import CPU_PIECE_BYTES
 from kifmerge.checkpoint.provenance import (
     PROVENANCE_FILE,
     is_made,
@@ -24,77 +25,24 @@ from kifmerge.checkpoint.provenance import (
     read_provenance,
     write_provenance,
 )
-from kifmerge.checkpoint.scores import Scores, open_scores
-from kifmerge.checkpoint.sink import FolderSink, copy_companions, layout_of
-from kifmerge.errors import RunError
-from kifmerge.phases.agreement import (
-    is_replayed,
-    open_checkpoint,
-    refuse_differing,
-    refuse_independent,
-    refuse_other_base,
-    refuse_other_evidence,
-)
+from kifmerge.checkpoint.sink import Layout, copy_companions, layout_of, new_layout, with_dtype
+from kifmerge.checkpoint.workers import num_processors, peak_bytes, worker_pool
+from kifmerge.errors import CheckpointError, RunError, problem_list
 from kifmerge.phases.card import model_card
-from kifmerge.phases.checked import FiniteSource, ZeroSource
-from kifmerge.phases.fuse import (
-    ROLES,
-    Evidence,
-    HistoricalParent,
-    OnProgress,
-    Weights,
-    fuse,
-    gather_evidence,
-)
-from kifmerge.phases.presets import RecurrentOptions, Role
-from kifmerge.phases.rules import RULES
-from kifmerge.phases.unscored import Unscored, copy_unscored
+from kifmerge.phases.fuse import OnProgress
+from kifmerge.phases.fuse_files import fuse_files
+from kifmerge.phases.inputs import HistoricalParent, MergeInputs, OpenInputs
+from kifmerge.phases.meaning import Difference
+from kifmerge.phases.rules import FusionOptions
+from kifmerge.phases.unscored import Unscored
+from kifmerge.phases.weights import Nonfinite
 
+DtypeName = Literal["bfloat16", "float16", "float32"]
+_TORCH_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MergeInputs:
-    """Folders that a merge reads.
-
-    Attributes:
-        base: where the new task's training started.
-        new: trained on the new task.
-        historical: trained on memory of the earlier tasks.
-        importance: role -> importance snapshot.
-        masks: role -> mask, instead of snapshots.
-    """
-
-    base: Path
-    new: Path
-    historical: Path
-    importance: Mapping[Role, Path]
-    masks: Mapping[Role, Path]
-
-    @property
-    def parents(self) -> dict[str, Path]:
-        """All of them, under the names that are recorded."""
-        return {
-            "base": self.base,
-            "new": self.new,
-            "historical": self.historical,
-            **{f"{role}_importance": path for role, path in self.importance.items()},
-            **{f"{role}_mask": path for role, path in self.masks.items()},
-        }
-
-    def check(self, rule: str) -> None:
-        """Refuse importance that a rule does not take, or the lack of what it needs.
-
-        Raises:
-            ValueError: naming what it takes.
-        """
-        num_given = (len(self.importance), len(self.masks))
-        expected, fitting = {
-            "nothing": ("no importance", [(0, 0)]),
-            "masks": ("importance snapshots of both sides, or masks of both", [(2, 0), (0, 2)]),
-            "scores": ("importance snapshots of both sides", [(2, 0)]),
-        }[RULES[rule].needs]
-        if num_given not in fitting:
-            found = [role.replace("_", " ") for role in self.parents if "_" in role]
-            raise ValueError(f"{rule} takes {expected}, found {', '.join(found) or 'none'}")
+# Buffers of all workers together: where there are many, or many models, pieces are smaller.
+_MOST_BUFFER_BYTES = 96 << 20
+LEAST_PIECE_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,11 +53,19 @@ class MergeOptions:
         historical_parent: where the historical task vector starts; None finds out.
         unscored: what becomes of tensors without scores that differ; None refuses them.
         space: ``factor`` insists on fusing the factors of independent adapters.
+        allowed: differences between the inputs that are meant.
+        nonfinite: NaN and infinity in an input are refused, or carried on (``keep``).
+        shard_bytes: size of the output's files at most; None: files like the base's.
+        dtype: of the output's floating-point tensors; None: the base's.
     """
 
     historical_parent: HistoricalParent | None = None
     unscored: Unscored | None = None
     space: Literal["factor"] | None = None
+    allowed: tuple[Difference, ...] = ()
+    nonfinite: Nonfinite = "refuse"
+    shard_bytes: int | None = None
+    dtype: DtypeName | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,25 +74,32 @@ class MergePlan:
 
     Attributes:
         rule: its name.
-        historical_parent: where the historical task vector starts.
+        historical_parent: where the historical task vector starts, of the two-sided form.
+        num_models: that are merged.
         num_tensors: of the output.
         num_parameters: elements of the output.
         num_unscored_tensors: those that no rule can judge.
-        weight_passes: how often all weights are read: for their digests, and to fuse them.
+        num_files: of the output.
+        weight_passes: how often the weights are read.
         importance_passes: how often scores or masks are read.
         read_bytes: in all.
         write_bytes: of the output's weights.
+        peak_memory_bytes: about what the process will need: Python and torch, and the buffers of
+            all workers together.
     """
 
     rule: str
-    historical_parent: HistoricalParent
+    historical_parent: HistoricalParent | None
+    num_models: int
     num_tensors: int
     num_parameters: int
     num_unscored_tensors: int
+    num_files: int
     weight_passes: int
     importance_passes: int
     read_bytes: int
     write_bytes: int
+    peak_memory_bytes: int
 
 
 class Merge:
@@ -148,112 +111,106 @@ class Merge:
         inputs: the folders.
         rule: the rule and its options.
         options: what else is to be known.
+        num_workers: threads; None: one per processor.
 
     Raises:
-        ValueError: importance that the rule does not take, or not the importance that it needs.
+        ValueError: inputs that the rule does not take, or not what it needs.
         CheckpointError: an input that cannot be used, or that does not belong to the others.
     """
 
     def __init__(
-        self, inputs: MergeInputs, rule: RecurrentOptions, options: MergeOptions | None = None
+        self,
+        inputs: MergeInputs,
+        rule: FusionOptions,
+        options: MergeOptions | None = None,
+        *,
+        num_workers: int | None = None,
     ) -> None:
-        inputs.check(rule.rule)
         self.inputs = inputs
         self.rule = rule
         self.options = options or MergeOptions()
-        self._base, self._new, self._historical = (
-            open_checkpoint(role, getattr(inputs, role)) for role in ("base", "new", "historical")
+        self._open = OpenInputs(
+            inputs,
+            rule,
+            historical_parent=self.options.historical_parent,
+            space=self.options.space,
+            allowed=self.options.allowed,
+            nonfinite=self.options.nonfinite,
         )
-        # Whose files, configuration and records the output is like.
-        self._model = self._new if self._starts_at_zero else self._base
-        self._check_inputs()
-        self._scores: dict[Role, Scores] = {r: open_scores(p) for r, p in inputs.importance.items()}
-        self._masks: dict[Role, MaskSource] = {r: MaskSource(p) for r, p in inputs.masks.items()}
-        self._check_evidence()
-        self.historical_parent: HistoricalParent = self._find_parent()
+        self._num_workers = num_processors() if num_workers is None else num_workers
+        self._layout = self._find_layout()
 
     @property
-    def _starts_at_zero(self) -> bool:
-        """Whether adapters are fused on a whole model, which has no factors of its own."""
-        return self._new.is_adapter and self._historical.is_adapter and not self._base.is_adapter
+    def historical_parent(self) -> HistoricalParent | None:
+        """Where the historical task vector starts, of the two-sided form."""
+        return self._open.historical_parent
 
-    def _check_inputs(self) -> None:
-        if self._new.is_adapter and self._historical.is_adapter and self.options.space is None:
-            refuse_independent(self._base, self._new, self._historical)
-        compared = [self._new, self._historical]
-        if self._starts_at_zero:
-            for adapter in compared:
-                refuse_other_base(self._base, adapter)
-        else:
-            compared = [self._base, *compared]
-        refuse_differing(compared)
-
-    def _check_evidence(self) -> None:
-        given = self._given
-        if given:
-            paths = {**self.inputs.importance, **self.inputs.masks}
-            refuse_other_evidence(
-                self._model.source, {role: (paths[role], given[role]) for role in ROLES}
-            )
+    def _find_layout(self) -> Layout:
+        like, most_bytes = self._open.like.source, self.options.shard_bytes
+        dtype = None if self.options.dtype is None else _TORCH_DTYPES[self.options.dtype]
+        layout = with_dtype(layout_of(like), dtype)
+        if most_bytes is None:
+            return layout
+        tensors = (tensor for infos in layout.values() for tensor in infos)
+        return new_layout(tensors, like.stem, most_bytes)
 
     @property
-    def _given(self) -> Mapping[Role, Scores | MaskSource]:
-        return self._scores or self._masks
+    def _piece_bytes(self) -> int:
+        """Of a piece as float32, so that the buffers of all workers stay within their budget."""
+        return max(min(CPU_PIECE_BYTES, _MOST_BUFFER_BYTES // self._num_buffers), LEAST_PIECE_BYTES)
 
-    def _find_parent(self) -> HistoricalParent:
-        if self.options.historical_parent is not None:
-            return self.options.historical_parent
-        return "new" if is_replayed(self._historical, self._new) else "base"
-
-    def _scored_names(self) -> list[str]:
-        source = self._model.source
-        if self._given:
-            judged = set(self._given["new"].names())
-            return [name for name in source.names() if name in judged]
-        return [name for name in source.names() if source.info(name).dtype.is_floating_point]
+    @property
+    def _num_buffers(self) -> int:
+        """Pieces alive at once: per source as stored and as float32, per rule a few, per worker."""
+        return max(self._num_workers, 1) * (3 * len(self._open.weights.sources) + 4)
 
     def plan(self) -> MergePlan:
         """What :meth:`run` is going to do, known from headers alone."""
-        source = self._model.source
-        infos = [source.info(name) for name in source.names()]
-        write_bytes = sum(info.nbytes for info in infos)
-        needs = RULES[self.rule.rule].needs
-        # A digest of everything, then: two passes for a threshold, one for bounds, none for masks.
-        importance_passes = 0 if needs == "nothing" else 2
-        if self._scores:
-            importance_passes += 2 if needs == "masks" else 1
-        importance_bytes = sum(source.num_bytes for source in self._given.values())
-        num_inputs = 2 if self._starts_at_zero else 3
+        infos = [info for infos in self._layout.values() for _, info in infos]
+        scored = self._open.scored_names()
+        needs = self.rule.needs
+        weight_passes = 3 if needs == "largest" else 1
+        # Two passes for a threshold, one for bounds or means, and one to fuse; masks only that.
+        importance_passes = {"masks": 3, "scores": 2}.get(needs, 1) if self.inputs.importance else 1
+        importance_passes = importance_passes if self._open.evidence_bytes else 0
+        model_bytes = sum(
+            source.info(name).nbytes
+            for source in self._open.sources.values()
+            for name in source.names()
+        )
         return MergePlan(
             rule=self.rule.rule,
             historical_parent=self.historical_parent,
+            num_models=len(self.inputs.models),
             num_tensors=len(infos),
             num_parameters=sum(info.numel for info in infos),
-            num_unscored_tensors=len(infos) - len(self._scored_names()),
-            weight_passes=2,
+            num_unscored_tensors=len(infos) - len(scored),
+            num_files=len(self._layout),
+            weight_passes=weight_passes,
             importance_passes=importance_passes,
-            read_bytes=2 * num_inputs * write_bytes + importance_passes * importance_bytes,
-            write_bytes=write_bytes,
+            read_bytes=weight_passes * model_bytes + importance_passes * self._open.evidence_bytes,
+            write_bytes=sum(info.nbytes for info in infos),
+            peak_memory_bytes=peak_bytes() + self._num_buffers * self._piece_bytes,
         )
 
+    def _recorded_options(self) -> dict[str, Any]:
+        """All that the output depends on beside its inputs."""
+        of_masks = ("important_fraction", "scope") if self.inputs.masks else ()
+        rule = {key: value for key, value in self.rule.recorded().items() if key not in of_masks}
+        return {**rule, **asdict(self.options), "historical_parent": self.historical_parent}
+
     def made_by(self) -> dict[str, Any]:
-        """What is recorded of how the output is made. Reads everything for its digest."""
-        named = RULES[self.rule.rule].options
-        of_masks = ("important_fraction", "scope") if self._masks else ()
-        chosen = {key: getattr(self.rule, key) for key in named if key not in of_masks}
-        options = {
-            "rule": self.rule.rule,
-            **chosen,
-            **asdict(self.options),
-            "historical_parent": self.historical_parent,
-        }
-        return made_by("merge", options, self.inputs.parents)
+        """What is recorded of how the output is made. Reads all that has not been read yet."""
+        digests = self._open.digests()
+        return made_by("merge", self._recorded_options(), self.inputs.parents, digests)
 
     def run(
         self,
         out_dir: Path,
         *,
         overwrite: bool = False,
+        resume: bool = False,
+        expected: Mapping[str, Any] | None = None,
         on_progress: OnProgress = lambda num_fused: None,
     ) -> tuple[dict[str, Any], bool]:
         """Make the merged checkpoint.
@@ -261,79 +218,107 @@ class Merge:
         Args:
             out_dir: becomes a checkpoint like the base: its files, configuration and tokenizer.
             overwrite: what the folder holds may go, once the merge is whole.
+            resume: go on from the files that an interrupted merge has finished.
+            expected: content of a ``kifmerge.json`` that this merge is to make again.
             on_progress: told the number of parameters fused after each piece.
 
         Returns:
             What was found, and whether it was made now: False if it was there already.
 
         Raises:
-            RunError: the folder holds something else, or an input.
-            CheckpointError: NaN or infinity, or tensors without scores that differ.
+            RunError: the folder holds something else, or an input, or is being made elsewhere.
+            CheckpointError: NaN or infinity, tensors without scores that differ, or inputs that
+                are not those expected.
+            TryAgainError: the disk has no room.
         """
         self._refuse_inputs_inside(out_dir)
-        wanted = self.made_by()
-        if is_made(out_dir, PROVENANCE_FILE, wanted, overwrite=overwrite):
+        occupied = out_dir.is_dir() and any(out_dir.iterdir())
+        # Asked only of a folder that holds something: the answer takes all digests.
+        if occupied and is_made(out_dir, PROVENANCE_FILE, self.made_by(), overwrite=overwrite):
+            remove_finished(out_dir)
             return read_provenance(out_dir)["merge"], False
-        with whole_folder(out_dir, overwrite=overwrite) as temporary:
-            source = self._model.source
-            sink = FolderSink(temporary, source.stem, layout_of(source))
-            figures = self._fuse_into(sink, on_progress)
-            sink.commit()
-            copy_companions(self._model.directory, temporary)
-            write_text(temporary / "README.md", self._card(wanted, figures))
-            write_provenance(
-                temporary,
-                {
-                    **self._model.provenance,
-                    "made_by": wanted,
-                    "merge": figures,
-                    "kifmerge": importlib.metadata.version("kifmerge"),
-                },
-            )
-        return figures, True
-
-    def _fuse_into(self, sink: FolderSink, on_progress: OnProgress) -> dict[str, Any]:
-        base = ZeroSource(self._new.source) if self._starts_at_zero else self._base.source
-        weights = Weights(
-            base=FiniteSource(base),
-            new=FiniteSource(self._new.source),
-            historical=FiniteSource(self._historical.source),
-            historical_parent=self.historical_parent,
-        )
-        scored = self._scored_names()
-        others = sorted(set(self._model.source.names()) - set(scored))
-        differing = copy_unscored(others, weights, self.options.unscored, sink)
-        evidence = self._evidence()
-        shares = fuse(scored, weights, evidence, self.rule, sink, on_progress=on_progress)
-        thresholds = dict(zip(ROLES, evidence.thresholds if evidence else (), strict=False))
-        return {
-            "rule": self.rule.rule,
-            "historical_parent": self.historical_parent,
-            "num_tensors": len(scored) + len(others),
-            "num_parameters": sum(self._model.source.info(name).numel for name in scored),
-            "num_copied_tensors": len(others) - len(differing),
-            "num_unscored_tensors": len(differing),
-            **{f"{role}_threshold": x for role, x in thresholds.items() if x is not None},
-            **shares,
+        refuse_occupied(out_dir, overwrite=overwrite)
+        work = {
+            "command": "merge",
+            "options": self._recorded_options(),
+            "inputs": self._open.states(),
+            "kifmerge": importlib.metadata.version("kifmerge"),
         }
-
-    def _evidence(self) -> Evidence | None:
-        if self._masks:
-            new, historical = (partial(read_piece, self._masks[role].read) for role in ROLES)
-            return Evidence(new=new, historical=historical)
-        return gather_evidence({r: FiniteSource(s) for r, s in self._scores.items()}, self.rule)
+        with resumable_folder(out_dir, work, resume=resume, overwrite=overwrite) as journal:
+            with worker_pool(self._num_workers) as workers:
+                figures, records = fuse_files(
+                    self._open,
+                    self._layout,
+                    self.rule,
+                    journal,
+                    workers,
+                    unscored=self.options.unscored,
+                    most_bytes=self._piece_bytes,
+                    on_progress=on_progress,
+                )
+            figures = {
+                "rule": self.rule.rule,
+                "historical_parent": self.historical_parent,
+            } | figures
+            wanted = self.made_by()
+            provenance = {
+                **self._open.like.provenance,
+                "made_by": wanted,
+                "merge": figures,
+                "files": records,
+                "kifmerge": importlib.metadata.version("kifmerge"),
+            }
+            _refuse_unexpected(provenance, expected)
+            copy_companions(self.inputs.config_from or self._open.like.directory, journal.directory)
+            write_text(journal.directory / "README.md", self._card(wanted, figures))
+            write_provenance(journal.directory, provenance)
+        return figures, True
 
     def _refuse_inputs_inside(self, out_dir: Path) -> None:
         for path in self.inputs.parents.values():
-            if out_dir.resolve() in path.resolve().parents:
+            if out_dir.resolve() in [path.resolve(), *path.resolve().parents]:
                 raise RunError(f"{out_dir} holds an input, {path}: choose another folder")
 
     def _card(self, wanted: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
-        adapter_base = self._model.adapter_config.get("base_model_name_or_path")
-        references = [str(self.inputs.base), str(self.inputs.new), str(self.inputs.historical)]
+        like = self._open.like
+        adapter_base = like.adapter_config.get("base_model_name_or_path")
+        base = [] if self.inputs.base is None else [self.inputs.base]
+        references = [str(path) for path in [*base, *self.inputs.models.values()]]
         return model_card(
             base_models=[adapter_base] if adapter_base else list(dict.fromkeys(references)),
-            library_name="peft" if self._model.is_adapter else "transformers",
+            library_name="peft" if like.is_adapter else "transformers",
             made_by=wanted,
             figures=figures,
+        )
+
+
+def _refuse_unexpected(made: Mapping[str, Any], expected: Mapping[str, Any] | None) -> None:
+    """Refuse to hand over another checkpoint than the one that was to be made again.
+
+    Raises:
+        CheckpointError: inputs that have changed, or files that came out otherwise.
+    """
+    if expected is None:
+        return
+    parents, wanted = made["made_by"]["parents"], expected["made_by"]["parents"]
+    problems = [
+        f"{role} {parents[role]['reference']}: {parents[role]['digest']}, "
+        f"expected {wanted[role]['digest']}"
+        for role in parents
+        if parents[role]["digest"] != wanted.get(role, {}).get("digest")
+    ]
+    if problems:
+        raise CheckpointError(problem_list("inputs are not what they were", problems))
+    problems = [
+        f"{name}: SHA-256 {record['sha256']}, expected {expected['files'].get(name)}"
+        for name, record in made["files"].items()
+        if record != expected["files"].get(name, record)
+    ]
+    if problems:
+        raise CheckpointError(
+            problem_list(
+                "the inputs are the same, but not what came of them: made by kifmerge "
+                f"{expected.get('kifmerge')}, this is {made['kifmerge']}",
+                problems,
+            )
         )

@@ -1,15 +1,24 @@
-"""Options of the recurrent loop, and the presets that name the variants of the method."""
+"""Options of the recurrent loop and of KIF, and the presets that name the loop's variants."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, cast
 
 from kifmerge.errors import check_at_least, check_choices
+from kifmerge.phases.rules import FusionOptions, RuleName
 from kifmerge.tensor.fusion import DEFAULT_SHARED_WEIGHTS, Redundant
 from kifmerge.tensor.importance import ImportanceOptions, Score, Sensitivity, Weights
+from kifmerge.tensor.kif import DEFAULT_SHARED_WEIGHTS as KIF_SHARED_WEIGHTS
+from kifmerge.tensor.kif import DEFAULT_TEMPERATURE
 from kifmerge.tensor.selection import Scope
+from kifmerge.tensor.units import (
+    DEFAULT_CUMULATIVE_WEIGHT,
+    DEFAULT_IMPORTANT_FRACTION,
+    DEFAULT_NEW_WEIGHT,
+    UnitKind,
+)
 
 Rule = Literal["recurrent-kif", "recurrent-kif-adaptive", "average", "none"]
 Role = Literal["new", "historical"]
@@ -86,6 +95,18 @@ class RecurrentOptions:
             raise ValueError(f"temperature must be positive, found {self.temperature}")
         self.importance("new"), self.importance("historical")
 
+    @property
+    def fusion(self) -> FusionOptions:
+        """The rule with its own options, as the engine takes them; not for ``none``."""
+        return FusionOptions(
+            rule=cast(RuleName, self.rule),
+            important_fraction=self.important_fraction,
+            scope=self.scope,
+            shared_weights=self.shared_weights,
+            redundant=self.redundant,
+            temperature=self.temperature,
+        )
+
     def importance(self, role: Role) -> ImportanceOptions:
         """The options of one side's accumulator."""
         return ImportanceOptions(
@@ -94,6 +115,91 @@ class RecurrentOptions:
             weights=self.weights,
             betas=self.new_betas if role == "new" else self.historical_betas,
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KifOptions:
+    """Everything in which variants of KIF differ: one fusion per task, unit by unit.
+
+    Attributes:
+        unit: what has one score: a whole weight ``tensor``, a ``lora-rank`` (row r of A with
+            column r of B), or a ``layer``.
+        sensitivity: see :class:`kifmerge.tensor.importance.ImportanceOptions`; None takes
+            ``mixed`` for ``lora-rank`` and ``first`` for the others. So are the next two.
+        score: S*U or S alone.
+        betas: smoothing of sensitivity and of uncertainty.
+        first_step: whether a task's very first optimizer step is ``left-out`` of the scores, as
+            the release does, or ``counted``.
+        important_fraction: the share of units found important on each side.
+        shared_weights: weights of new and historical where both find a unit important.
+        temperature: of the softmax in ``kif-adaptive``.
+        new_weight: of the task's scores in the cumulative ones.
+        cumulative_weight: of the cumulative scores before the task.
+        orthogonality: weight of the term that keeps LoRA ranks orthogonal in training; None takes
+            0.1 for ``lora-rank`` and 0 for the others.
+        memory_steps: of ``kif-m``: optimizer steps on memory after the fusion; None: once through.
+        memory_learning_rate: of ``kif-m``, constant; None takes the task's.
+    """
+
+    unit: UnitKind = "tensor"
+    sensitivity: Sensitivity | None = None
+    score: Score = "product"
+    betas: tuple[float, float] = (0.85, 0.85)
+    first_step: Literal["left-out", "counted"] = "left-out"
+    important_fraction: float = DEFAULT_IMPORTANT_FRACTION
+    shared_weights: tuple[float, float] = KIF_SHARED_WEIGHTS
+    temperature: float = DEFAULT_TEMPERATURE
+    new_weight: float = DEFAULT_NEW_WEIGHT
+    cumulative_weight: float = DEFAULT_CUMULATIVE_WEIGHT
+    orthogonality: float | None = None
+    memory_steps: int | None = None
+    memory_learning_rate: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse choices that do not exist and numbers out of range."""
+        check_choices(self)
+        check_at_least(
+            self, orthogonality=0, memory_steps=1, memory_learning_rate=0, new_weight=0,
+            cumulative_weight=0,
+        )  # fmt: skip
+        if self.new_weight + self.cumulative_weight == 0.0:
+            raise ValueError("new_weight and cumulative_weight: expected one of them above 0")
+        # They weigh weights, not updates: any other sum than 1 would scale the model.
+        if [len(self.shared_weights), round(sum(self.shared_weights), 6)] != [2, 1.0]:
+            raise ValueError(
+                f"shared_weights must be two numbers that add up to 1, found {self.shared_weights}"
+            )
+        if not 0.0 <= self.important_fraction <= 1.0:
+            raise ValueError(
+                f"important_fraction must lie in [0, 1], found {self.important_fraction}"
+            )
+        if self.temperature <= 0.0:
+            raise ValueError(f"temperature must be positive, found {self.temperature}")
+        _ = self.importance
+
+    def fusion(self, rule: Literal["kif", "kif-adaptive"]) -> FusionOptions:
+        """A rule with its own options, as the engine takes them."""
+        return FusionOptions(
+            rule=rule,
+            important_fraction=self.important_fraction,
+            shared_weights=self.shared_weights,
+            temperature=self.temperature,
+            unit=self.unit,
+        )
+
+    @property
+    def importance(self) -> ImportanceOptions:
+        """The options of the accumulator."""
+        by_unit: Sensitivity = "mixed" if self.unit == "lora-rank" else "first"
+        return ImportanceOptions(
+            sensitivity=self.sensitivity or by_unit, score=self.score, betas=self.betas
+        )
+
+    @property
+    def orthogonality_weight(self) -> float:
+        """Of the term in training."""
+        by_unit = 0.1 if self.unit == "lora-rank" else 0.0
+        return by_unit if self.orthogonality is None else self.orthogonality
 
 
 _RELEASED = RecurrentOptions(outer_loss="divided", accumulated_loss="micro-batch", tail="keep")

@@ -9,36 +9,40 @@ OUT/checkpoint/                       the pruned checkpoint, where a model and a
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from kifmerge.checkpoint.atomic import whole_folder
+from kifmerge.checkpoint.journal import refuse_full_disk
 from kifmerge.checkpoint.mask import DETAIL_FILE, MaskSink
-from kifmerge.checkpoint.pieces import pieces, read_piece, split_piece
+from kifmerge.checkpoint.pieces import CPU_PIECE_BYTES, Piece, pieces, read_piece, split_piece
 from kifmerge.checkpoint.provenance import is_made, made_by, read_details, write_provenance
-from kifmerge.checkpoint.scores import open_scores
+from kifmerge.checkpoint.scores import Scores, open_scores
 from kifmerge.checkpoint.sink import FolderSink, copy_companions, layout_of
 from kifmerge.checkpoint.snapshot import DETAIL_FILE as SNAPSHOT_FILE
+from kifmerge.checkpoint.source import Source
+from kifmerge.checkpoint.units import UnitSource, read_units
+from kifmerge.checkpoint.workers import Workers, num_processors, peak_bytes, worker_pool
 from kifmerge.errors import RunError
-from kifmerge.phases.agreement import (
-    Checkpoint,
-    open_checkpoint,
-    refuse_differing,
-    refuse_other_evidence,
-)
+from kifmerge.phases.agreement import Checkpoint, open_checkpoint, refuse_other_evidence
 from kifmerge.phases.checked import FiniteSource
-from kifmerge.phases.fuse import OnProgress, Weights
-from kifmerge.phases.presets import RecurrentOptions
-from kifmerge.phases.selection import Marks, mark_important
-from kifmerge.phases.unscored import copy_unscored
+from kifmerge.phases.fuse import OnProgress
+from kifmerge.phases.meaning import Difference, check_meaning
+from kifmerge.phases.rules import FusionOptions
+from kifmerge.phases.selection import COUNTED_BYTES, Marks, mark_important
+from kifmerge.phases.unscored import UnscoredTensors
+from kifmerge.phases.weights import Nonfinite, Weights
 from kifmerge.tensor.selection import Scope
+from kifmerge.tensor.units import important_units
 
 CHECKPOINT_FOLDER = "checkpoint"
-_DEFAULTS = RecurrentOptions()
+_DEFAULTS = FusionOptions()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,70 +50,124 @@ class PruneOptions:
     """How a mask is made.
 
     Attributes:
-        important_fraction: f, the share of parameters found important.
+        important_fraction: f, the share of parameters, or units, found important.
         scope: one threshold over the whole model (``global``) or one per ``tensor``.
         unscored: whose tensors without scores the pruned checkpoint gets where base and model
             differ; None refuses them.
+        allowed: differences between base and model that are meant.
+        nonfinite: NaN and infinity in the weights are refused, or carried on (``keep``).
     """
 
     important_fraction: float = _DEFAULTS.important_fraction
     scope: Scope = _DEFAULTS.scope
     unscored: Literal["base", "model"] | None = None
+    allowed: tuple[Difference, ...] = ()
+    nonfinite: Nonfinite = "refuse"
 
     def __post_init__(self) -> None:
         """Refuse what the loop refuses too."""
-        RecurrentOptions(important_fraction=self.important_fraction, scope=self.scope)
+        FusionOptions(important_fraction=self.important_fraction, scope=self.scope)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PruneInputs:
+    """Folders that a pruning reads.
+
+    Attributes:
+        importance: importance snapshot.
+        units: skill units, instead.
+        model: checkpoint to prune; None makes the mask alone.
+        base: what its parameters go back to where they are not important; given with ``model``.
+
+    Raises:
+        ValueError: what is missing or too much.
+    """
+
+    importance: Path | None = None
+    units: Path | None = None
+    model: Path | None = None
+    base: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what does not fit together."""
+        if (self.model is None) != (self.base is None):
+            raise ValueError("a pruned checkpoint takes both a model and its base")
+        if (self.importance is None) == (self.units is None):
+            raise ValueError("a mask is made from an importance snapshot or from skill units")
+        if self.units is not None and self.base is None:
+            raise ValueError("units tell no shapes: a mask of them takes a model and its base")
+
+
+@dataclass(frozen=True, slots=True)
+class _Mask:
+    """What is important, piece by piece, and what is known of it beforehand."""
+
+    show: Callable[[Piece], Tensor]
+    details: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Prune:
     """A pruning whose inputs have been opened and found to belong together.
 
     Args:
-        importance: folder of the snapshot.
+        inputs: the folders.
         options: how the mask is made.
-        model: checkpoint to prune, or None to make the mask alone.
-        base: what its parameters go back to where they are not important; given with ``model``.
+        num_workers: threads; None: one per processor.
 
     Raises:
-        ValueError: one of model and base without the other.
+        ValueError: options that mean nothing here.
         CheckpointError: an input that cannot be used, or that does not belong to the others.
     """
 
     def __init__(
-        self,
-        importance: Path,
-        options: PruneOptions,
-        *,
-        model: Path | None = None,
-        base: Path | None = None,
+        self, inputs: PruneInputs, options: PruneOptions, *, num_workers: int | None = None
     ) -> None:
-        if (model is None) != (base is None):
-            raise ValueError("a pruned checkpoint takes both a model and its base")
-        if model is None and options.unscored is not None:
+        if inputs.model is None and options.unscored is not None:
             raise ValueError("tensors without scores matter only where a model is pruned")
+        if inputs.units is not None and options.scope != _DEFAULTS.scope:
+            raise ValueError("units have one threshold over the whole model")
+        self.inputs = inputs
         self.options = options
-        self._paths = {"importance": importance, "model": model, "base": base}
-        self._scores = open_scores(importance)
-        self._model = None if model is None else open_checkpoint("model", model)
-        self._base = None if base is None else open_checkpoint("base", base)
+        self._num_workers = num_processors() if num_workers is None else num_workers
+        self._model = None if inputs.model is None else open_checkpoint("model", inputs.model)
+        self._base = None if inputs.base is None else open_checkpoint("base", inputs.base)
+        self._scores: Scores | None = None
+        self._evidence: Source
+        if inputs.importance is not None:
+            self._evidence = self._scores = open_scores(inputs.importance)
+        else:
+            self._evidence = self._important_members()
         if self._model is not None and self._base is not None:
-            refuse_differing([self._base, self._model])
-            refuse_other_evidence(self._base.source, {"model": (importance, self._scores)})
+            check_meaning([self._base, self._model], options.allowed)
+            path = inputs.importance or inputs.units
+            assert path is not None
+            refuse_other_evidence(self._base.source, {"model": (path, self._evidence)})
+
+    def _important_members(self) -> UnitSource:
+        assert self.inputs.units is not None
+        assert self._base is not None
+        units = read_units(self.inputs.units)
+        scores = [unit.score for unit in units.units]
+        important = important_units(scores, self.options.important_fraction)
+        return UnitSource(units, self._base.source, important, str(self.inputs.units))
 
     def plan(self) -> dict[str, Any]:
-        """Tensors, passes, bytes to read and to write, known from headers alone."""
-        infos = [self._scores.info(name) for name in self._scores.names()]
+        """Tensors, passes, bytes and memory, known from headers alone."""
+        infos = [self._evidence.info(name) for name in self._evidence.names()]
         mask_bytes = sum(-(-info.numel // 8) for info in infos)
         weight_bytes = _num_bytes(self._base)
-        # A digest of everything, two passes for the threshold, one to mark; one to prune.
-        importance_passes = 4 + (self._base is not None)
+        # Two passes for the threshold, one to mark, one to prune.
+        importance_passes = 0 if self._scores is None else 3 + (self._base is not None)
+        importance_bytes = 0 if self._scores is None else self._scores.num_bytes
         return {
             "num_tensors": len(infos),
             "num_parameters": sum(info.numel for info in infos),
             "importance_passes": importance_passes,
-            "weight_passes": 2 if self._base is not None else 0,
-            "read_bytes": importance_passes * self._scores.num_bytes + 4 * weight_bytes,
+            "weight_passes": 0 if self._base is None else 1,
+            "read_bytes": importance_passes * importance_bytes + 2 * weight_bytes,
             "write_bytes": mask_bytes + weight_bytes,
+            "peak_memory_bytes": peak_bytes()
+            + max(self._num_workers, 1) * max(5 * COUNTED_BYTES, 6 * CPU_PIECE_BYTES),
         }
 
     def run(
@@ -127,78 +185,117 @@ class Prune:
         Raises:
             RunError: the folder holds something else, or an input.
             CheckpointError: NaN or infinity, or tensors without scores that differ.
+            TryAgainError: the disk has no room.
         """
-        for path in filter(None, self._paths.values()):
-            if out_dir.resolve() in path.resolve().parents:
+        parents = asdict(self.inputs)
+        for path in filter(None, parents.values()):
+            if out_dir.resolve() in [path.resolve(), *path.resolve().parents]:
                 raise RunError(f"{out_dir} holds an input, {path}: choose another folder")
-        wanted = made_by("prune", asdict(self.options), self._paths)
+        wanted = made_by("prune", asdict(self.options), parents)
         if is_made(out_dir, DETAIL_FILE, wanted, overwrite=overwrite):
             return _figures(read_details(out_dir / DETAIL_FILE)), False
-        marks = self._marks()
-        with whole_folder(out_dir, overwrite=overwrite) as temporary:
+        refuse_full_disk(out_dir, self.plan()["write_bytes"])
+        with (
+            worker_pool(self._num_workers) as workers,
+            whole_folder(out_dir, overwrite=overwrite) as temporary,
+        ):
+            mask = self._find_mask(workers)
             if self._model is not None and self._base is not None:
-                self._prune_into(temporary / CHECKPOINT_FOLDER, marks, wanted)
-            details = self._write_mask(temporary, marks, wanted, on_progress)
+                self._prune_into(temporary / CHECKPOINT_FOLDER, mask, wanted, workers)
+            details = self._write_mask(temporary, mask, wanted, workers, on_progress)
         return _figures(details), True
 
-    def _marks(self) -> Marks:
-        details = read_details(Path(str(self._paths["importance"])) / SNAPSHOT_FILE)
-        role = details.get("role") or "given"
-        return mark_important(
-            FiniteSource(self._scores), self.options.important_fraction, self.options.scope, role
+    def _find_mask(self, workers: Workers) -> _Mask:
+        if self._scores is None:
+            return _Mask(partial(read_piece, self._evidence.read))
+        details = read_details(Path(str(self.inputs.importance)) / SNAPSHOT_FILE)
+        marks = mark_important(
+            FiniteSource(self._scores),
+            self.options.important_fraction,
+            self.options.scope,
+            details.get("role") or "given",
+            workers=workers,
         )
+        return _Mask(marks.show, {"threshold": _threshold(marks)})
 
     def _write_mask(
-        self, directory: Path, marks: Marks, wanted: Mapping[str, Any], on_progress: OnProgress
+        self,
+        directory: Path,
+        mask: _Mask,
+        wanted: Mapping[str, Any],
+        workers: Workers,
+        on_progress: OnProgress,
     ) -> dict[str, Any]:
-        names = self._scores.names()
-        each = {name: threshold.value for name, threshold in marks.thresholds.items()}
-        counted = marks.thresholds.values() if marks.threshold is None else [_any_of(marks)]
+        names = self._evidence.names()
+        parent = wanted["parents"]["units" if self._scores is None else "importance"]
         details = {
             "fraction": self.options.important_fraction,
-            "scope": self.options.scope,
-            "threshold": each if marks.threshold is None else marks.threshold,
-            "num_parameters": sum(threshold.num_scores for threshold in counted),
-            "num_important": sum(threshold.num_above for threshold in counted),
-            "snapshot_digest": wanted["parents"]["importance"]["digest"],
+            "scope": "units" if self._scores is None else self.options.scope,
+            **mask.details,
+            "num_parameters": sum(self._evidence.info(name).numel for name in names),
+            "num_important": 0,
+            "snapshot_digest": parent["digest"],
             "made_by": wanted,
         }
-        shapes = ((name, self._scores.info(name).shape) for name in names)
+        shapes = ((name, self._evidence.info(name).shape) for name in names)
         sink = MaskSink(directory, shapes, details)
-        for piece in pieces(self._scores, names):
-            mask = marks.show(piece)
-            for part, values in split_piece(mask, piece):
+
+        def write_piece(piece: Piece) -> tuple[int, int]:
+            shown = mask.show(piece)
+            for part, values in split_piece(shown, piece):
                 sink.add(part.name, part.start, values)
-            on_progress(mask.numel())
+            return shown.numel(), int(torch.count_nonzero(shown))
+
+        for num_marked, num_important in workers.map(write_piece, pieces(self._evidence, names)):
+            details["num_important"] += num_important  # written when the sink commits
+            on_progress(num_marked)
         sink.commit()
         return details
 
-    def _prune_into(self, directory: Path, marks: Marks, wanted: Mapping[str, Any]) -> None:
+    def _prune_into(
+        self, directory: Path, mask: _Mask, wanted: Mapping[str, Any], workers: Workers
+    ) -> None:
         assert self._base is not None
         assert self._model is not None
-        base, model = FiniteSource(self._base.source), FiniteSource(self._model.source)
+        base, model = self._base.source, self._model.source
         directory.mkdir()
-        sink = FolderSink(directory, self._base.source.stem, layout_of(self._base.source))
-        scored = set(self._scores.names())
+        weights = Weights(base=base, models=[model], nonfinite=self.options.nonfinite)
+        scored = frozenset(self._evidence.names())
         unscored = [name for name in base.names() if name not in scored]
-        weights = Weights(base=base, new=model, historical=base, historical_parent="base")
         choice: Literal["base", "new"] | None
         choice = "new" if self.options.unscored == "model" else self.options.unscored
-        copy_unscored(unscored, weights, choice, sink)
-        for piece in pieces(base, [name for name in base.names() if name in scored]):
+        copies = UnscoredTensors(unscored, weights, choice, workers)
+        sink = FolderSink(directory, base.stem, layout_of(base))
+
+        chosen, other = (
+            source if self.options.nonfinite == "keep" else FiniteSource(source)
+            for source in (model, base)
+        )
+
+        def prune_piece(piece: Piece) -> None:
             # Chosen, not computed: base + (model - base) would round.
+            kept = read_piece(other.read, piece)
             pruned = torch.where(
-                marks.show(piece),
-                read_piece(model.read, piece),
-                read_piece(base.read, piece),
+                mask.show(piece), read_piece(chosen.read, piece).to(kept.dtype), kept
             )
             for part, values in split_piece(pruned, piece):
                 sink.add(part.name, part.start, values)
+
+        for _ in workers.map(prune_piece, pieces(base, [n for n in base.names() if n in scored])):
+            pass
+        copies.copy(unscored, sink)
         sink.commit()
         copy_companions(self._base.directory, directory)
-        version = importlib.metadata.version("kifmerge")
-        content = {**self._base.provenance, "made_by": wanted, "kifmerge": version}
-        write_provenance(directory, content)
+        files = {r.name: {"sha256": r.sha256, "bytes": r.num_bytes} for r in sink.records.values()}
+        write_provenance(
+            directory,
+            {
+                **self._base.provenance,
+                "made_by": wanted,
+                "files": files,
+                "kifmerge": importlib.metadata.version("kifmerge"),
+            },
+        )
 
 
 def _num_bytes(checkpoint: Checkpoint | None) -> int:
@@ -207,13 +304,15 @@ def _num_bytes(checkpoint: Checkpoint | None) -> int:
     return sum(checkpoint.source.info(name).nbytes for name in checkpoint.source.names())
 
 
-def _any_of(marks: Marks) -> Any:
-    return next(iter(marks.thresholds.values()))
+def _threshold(marks: Marks) -> float | dict[str, float]:
+    if marks.threshold is not None:
+        return marks.threshold
+    return {name: threshold.value for name, threshold in marks.thresholds.items()}
 
 
 def _figures(details: Mapping[str, Any]) -> dict[str, Any]:
     """What is told of a mask: all but where it came from, and thresholds by the hundred."""
     shown = ["fraction", "scope", "threshold", "num_parameters", "num_important"]
-    if isinstance(details["threshold"], dict):
+    if not isinstance(details.get("threshold"), float):
         shown.remove("threshold")
     return {key: details[key] for key in shown}

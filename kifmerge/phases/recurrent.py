@@ -17,9 +17,10 @@ from torch import Tensor
 from kifmerge.checkpoint.scores import Scores
 from kifmerge.checkpoint.sink import MemorySink
 from kifmerge.checkpoint.source import MemorySource
-from kifmerge.phases.fuse import ROLES, Weights, fuse, gather_evidence
+from kifmerge.phases.evidence import evidence_from_scores
+from kifmerge.phases.fuse import ROLES, fuse
 from kifmerge.phases.presets import RecurrentOptions, Role
-from kifmerge.phases.rules import RULES
+from kifmerge.phases.weights import Weights
 from kifmerge.tensor.importance import ImportanceAccumulator
 
 
@@ -66,7 +67,7 @@ class RecurrentRounds:
         self.num_rounds = 0
         self.accumulators: dict[Role, ImportanceAccumulator] = {}
         self._fuses = options.rule != "none"
-        if self._fuses and RULES[options.rule].needs != "nothing":
+        if self._fuses and options.fusion.needs != "nothing":
             for role in ROLES:
                 self.accumulators[role] = ImportanceAccumulator(
                     parameters, options.importance(role)
@@ -102,21 +103,21 @@ class RecurrentRounds:
 
     def _fuse_in_place(self) -> dict[str, float | None]:
         """Write theta_{b+1} over the live parameters and theta_b; what is to be told of it."""
-        scores: dict[Role, Scores] = {role: self.scores(role) for role in self.accumulators}
-        evidence = gather_evidence(scores, self.options)
+        fusion = self.options.fusion
+        evidence = evidence_from_scores({r: self.scores(r) for r in self.accumulators}, fusion)
         weights = Weights(
             base=MemorySource(self._base),
-            new=MemorySource(self._inner),
-            historical=MemorySource(self._parameters),
-            historical_parent="new",
+            models=[MemorySource(self._inner), MemorySource(self._parameters)],
+            parents=[None, 0],
+            nonfinite="keep",  # the guard has looked at every gradient
         )
         sink = MemorySink(self._parameters)
-        shares = fuse(self._parameters, weights, evidence, self.options, sink)
+        overlap = fuse(self._parameters, weights, evidence, fusion, sink)
         sink.commit()
         torch._foreach_copy_(list(self._base.values()), list(self._parameters.values()))
         self._inner = {}
-        thresholds = (None, None) if evidence is None else evidence.thresholds
-        return {"new_threshold": thresholds[0], "historical_threshold": thresholds[1], **shares}
+        thresholds = {f"{role}_threshold": evidence.thresholds.get(role) for role in ROLES}
+        return {**thresholds, **overlap.shares()}
 
     def scores(self, role: Role) -> Scores:
         """The scores of one side as they are now; of rules that need importance."""

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from kifmerge.checkpoint.pieces import Piece, pieces, read_piece
+from kifmerge.checkpoint.pieces import Piece, Range, pieces, read_piece
 from kifmerge.checkpoint.source import Source
+from kifmerge.checkpoint.workers import Workers
 from kifmerge.tensor.fusion import normalise, score_bounds
-from kifmerge.tensor.selection import Scope, Threshold, importance_threshold, mask_above
+from kifmerge.tensor.selection import (
+    Scope,
+    Threshold,
+    importance_threshold,
+    kth_smallest,
+    mask_above,
+)
 
-ShowPiece = Callable[[Piece], Tensor]
+# Counting has a cost per piece: larger ones than for fusing pay.
+COUNTED_BYTES = 1 << 21
+_IN_CALLER = Workers(0)
 
 
 class ScoreStream:
-    """Scores as a re-iterable of flat pieces, so that two passes need no more than a piece each.
+    """Scores as a re-iterable of functions that read flat pieces: two passes need a piece each.
 
     Args:
         scores: source of scores.
@@ -27,10 +38,16 @@ class ScoreStream:
 
     def __init__(self, scores: Source, names: Sequence[str] | None = None) -> None:
         self._scores = scores
-        self._pieces = list(pieces(scores, scores.names() if names is None else names))
+        self._names = scores.names() if names is None else names
 
-    def __iter__(self) -> Iterator[Tensor]:
-        return (read_piece(self._scores.read, piece) for piece in self._pieces)
+    def __iter__(self) -> Iterator[Callable[[], Tensor]]:
+        for piece in pieces(self._scores, self._names, most_bytes=self._most_bytes):
+            yield partial(read_piece, self._scores.read, piece)
+
+    @property
+    def _most_bytes(self) -> int | None:
+        on_cpu = all(self._scores.info(name).device.type == "cpu" for name in self._names[:1])
+        return COUNTED_BYTES if on_cpu else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +74,12 @@ class Marks:
 
 
 def mark_important(
-    scores: Source, important_fraction: float | str, scope: Scope, role: str
+    scores: Source,
+    important_fraction: float | str,
+    scope: Scope,
+    role: str,
+    *,
+    workers: Workers | None = None,
 ) -> Marks:
     """Find the exact thresholds of one side, in two passes; warns when nothing is important.
 
@@ -66,21 +88,24 @@ def mark_important(
         important_fraction: share to be found important.
         scope: one threshold for all parameters, or one per tensor.
         role: what the warning calls the scores: new, historical.
+        workers: share the passes.
 
     Raises:
         ValueError: no scores, or NaN among them.
     """
+    workers = workers or _IN_CALLER
     thresholds: Mapping[str, Threshold]
     common = None
     if scope == "global":
-        common = importance_threshold(ScoreStream(scores), important_fraction)
+        common = importance_threshold(ScoreStream(scores), important_fraction, spread=workers.map)
         thresholds = dict.fromkeys(scores.names(), common)
     else:
-        thresholds = {
-            name: importance_threshold(ScoreStream(scores, [name]), important_fraction)
-            for name in scores.names()
-            if scores.info(name).numel
-        }
+        names = [name for name in scores.names() if scores.info(name).numel]
+        found = workers.map(
+            lambda name: importance_threshold(ScoreStream(scores, [name]), important_fraction),
+            names,
+        )
+        thresholds = dict(zip(names, found, strict=True))
     if float(important_fraction) > 0 and all(t.is_degenerate for t in thresholds.values()):
         warnings.warn(
             f"the {role} importance scores are all equal: nothing is found important",
@@ -89,7 +114,67 @@ def mark_important(
     return Marks(scores, thresholds, None if common is None else common.value)
 
 
-def normalised_scores(scores: Source) -> ShowPiece:
+@dataclass(frozen=True, slots=True)
+class LargestMarks:
+    """The largest elements of a task vector, marked while they are at hand.
+
+    Attributes:
+        smallest_kept: tensor name -> the smallest absolute value that counts as large.
+    """
+
+    smallest_kept: Mapping[str, float]
+
+    def show_largest(self, piece: Piece, vector: Tensor) -> Tensor:
+        """Bool for the elements of a piece of the task vector."""
+        sizes = vector.abs()
+        if len(piece) == 1:
+            return sizes >= self.smallest_kept[piece[0].name]
+        parts = sizes.split([part.stop - part.start for part in piece])
+        return torch.cat(
+            [s >= self.smallest_kept[p.name] for s, p in zip(parts, piece, strict=True)]
+        )
+
+
+def mark_largest(
+    sizes: Source, names: Sequence[str], density: float, scope: Scope, workers: Workers
+) -> LargestMarks:
+    """Find above which absolute value lie the ceil(density * n) largest of n elements.
+
+    Elements equal to the smallest of them are kept too, whichever their number.
+
+    Args:
+        sizes: absolute values of a task vector.
+        names: of its tensors.
+        density: share to be kept, in [0, 1]; 0 keeps none.
+        scope: of all elements together, or of each tensor.
+        workers: share the passes.
+    """
+    names = [name for name in names if sizes.info(name).numel]
+    if density == 0.0:
+        return LargestMarks(dict.fromkeys(names, math.inf))
+    if scope == "global":
+        total = sum(sizes.info(name).numel for name in names)
+        rank = _rank_of_density(total, density)
+        value = kth_smallest(ScoreStream(sizes, names), rank, spread=workers.map)
+        return LargestMarks(dict.fromkeys(names, value))
+    found = workers.map(lambda name: _smallest_kept(sizes, name, density), names)
+    return LargestMarks(dict(zip(names, found, strict=True)))
+
+
+def _smallest_kept(sizes: Source, name: str, density: float) -> float:
+    numel = sizes.info(name).numel
+    rank = _rank_of_density(numel, density)
+    if 4 * numel <= COUNTED_BYTES >> 3:
+        # Fewer elements than counters: sorting is faster.
+        return float(torch.kthvalue(sizes.read(*Range(name, 0, numel)), rank).values)
+    return kth_smallest(ScoreStream(sizes, [name]), rank)
+
+
+def _rank_of_density(numel: int, density: float) -> int:
+    return numel - math.ceil(density * numel) + 1
+
+
+def normalised_scores(scores: Source) -> Callable[[Piece], Tensor]:
     """Shows scores min-max normalised over the whole model; one pass to find their bounds."""
-    bounds = score_bounds(ScoreStream(scores))
+    bounds = score_bounds(read() for read in ScoreStream(scores))
     return lambda piece: normalise(read_piece(scores.read, piece), bounds)

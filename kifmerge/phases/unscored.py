@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -10,82 +10,103 @@ from torch import Tensor
 
 from kifmerge.checkpoint.pieces import Piece, pieces, read_piece, split_piece
 from kifmerge.checkpoint.sink import Sink
+from kifmerge.checkpoint.source import Source
+from kifmerge.checkpoint.workers import Workers
 from kifmerge.errors import CheckpointError, problem_list
-from kifmerge.phases.fuse import Weights
-from kifmerge.tensor.fusion import add_vectors
+from kifmerge.phases.checked import FiniteSource
+from kifmerge.phases.evidence import NOTHING
+from kifmerge.phases.fuse import fuse
+from kifmerge.phases.rules import FusionOptions
+from kifmerge.phases.weights import Weights
 
 Unscored = Literal["base", "new", "average"]
 
 
-def copy_unscored(
-    names: Sequence[str], weights: Weights, choice: Unscored | None, sink: Sink
-) -> list[str]:
-    """Hand on tensors without scores: as they are where all inputs agree, else by the choice.
+class UnscoredTensors:
+    """What becomes of tensors without scores: handed on where all inputs agree, else by a choice.
+
+    All inputs are read and compared here, before anything is written.
 
     Args:
         names: of the tensors.
-        weights: the three inputs.
-        choice: take the ``base``'s, the ``new`` one's, or the ``average`` of both task vectors;
+        weights: the inputs.
+        choice: take the ``base``'s, the ``new`` one's, or the ``average`` of the task vectors;
             None refuses tensors that differ.
-        sink: takes them; not committed here.
+        workers: share the comparison.
 
-    Returns:
-        Names of the tensors that differ.
+    Attributes:
+        differing: names of the tensors that differ.
 
     Raises:
-        CheckpointError: tensors differ, and there is no choice, or they cannot be averaged.
+        CheckpointError: tensors differ, and there is no choice, or they cannot be averaged; or
+            NaN or infinity.
     """
-    differing: list[str] = []
-    for name in names:
-        agrees = True
-        for piece in pieces(weights.base, [name]):
-            base, new, historical = _read(weights, piece)
-            same = _same_bits(base, new) and _same_bits(base, historical)
-            agrees &= same
-            if choice == "new":
-                values = new
-            elif choice == "average" and not same and base.dtype.is_floating_point:
-                values = _average(weights, base, new, historical)
-            else:
-                values = base
-            for part, part_values in split_piece(values, piece):
-                sink.add(part.name, part.start, part_values)
-        if not agrees:
-            differing.append(name)
-    _refuse(differing, weights, choice)
-    return differing
+
+    def __init__(
+        self, names: Sequence[str], weights: Weights, choice: Unscored | None, workers: Workers
+    ) -> None:
+        self._weights = weights
+        self._choice = choice
+        self._workers = workers
+        self.differing = self._compare(names)
+        self._refuse()
+
+    def _compare(self, names: Sequence[str]) -> list[str]:
+        sources = self._weights.sources
+        if self._weights.nonfinite == "refuse":
+            sources = [FiniteSource(source) for source in sources]
+        first, *others = sources
+
+        def differing_in(piece: Piece) -> list[str]:
+            parts = [[source.read(*part) for part in piece] for source in (first, *others)]
+            return [
+                part.name
+                for number, part in enumerate(piece)
+                if not all(_same_bits(parts[0][number], other[number]) for other in parts[1:])
+            ]
+
+        found = self._workers.map(differing_in, pieces(first, names))
+        return list(dict.fromkeys(name for differing in found for name in differing))
+
+    def _refuse(self) -> None:
+        infos = {name: self._weights.sources[0].info(name) for name in self.differing}
+        if self._choice is None and self.differing:
+            problems = [f"{name}: {info}" for name, info in infos.items()]
+            raise CheckpointError(
+                problem_list(
+                    "tensors without importance scores differ between the inputs", problems
+                )
+                + "\nDecide with --unscored base, new or average"
+            )
+        whole = [name for name, info in infos.items() if not info.dtype.is_floating_point]
+        if self._choice == "average" and whole:
+            problems = [f"{name}: {infos[name]}" for name in whole]
+            raise CheckpointError(
+                problem_list("whole numbers that differ cannot be averaged", problems)
+                + "\nDecide with --unscored base or new"
+            )
+
+    def copy(self, names: Iterable[str], sink: Sink) -> None:
+        """Hand on some of the tensors, in their order; not committed here."""
+        for name in names:
+            if self._choice == "average" and name in self.differing:
+                fuse(
+                    [name], self._weights, NOTHING, FusionOptions(rule="average"), sink,
+                    workers=self._workers,
+                )  # fmt: skip
+                continue
+            source = self._weights.models[0] if self._choice == "new" else self._weights.sources[0]
+            _copy(name, source, sink)
 
 
-def _read(weights: Weights, piece: Piece) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        read_piece(weights.base.read, piece),
-        read_piece(weights.new.read, piece),
-        read_piece(weights.historical.read, piece),
-    )
-
-
-def _average(weights: Weights, base: Tensor, new: Tensor, historical: Tensor) -> Tensor:
-    parent = new if weights.historical_parent == "new" else base
-    vectors = new.float() - base.float(), historical.float() - parent.float()
-    return add_vectors(base, *vectors, 0.5, 0.5)
+def _copy(name: str, source: Source, sink: Sink) -> None:
+    for piece in pieces(source, [name]):
+        values: Tensor = read_piece(source.read, piece).to(sink.info(name).dtype)
+        for part, part_values in split_piece(values, piece):
+            sink.add(part.name, part.start, part_values)
 
 
 def _same_bits(left: Tensor, right: Tensor) -> bool:
-    return torch.equal(left.view(torch.uint8), right.view(torch.uint8))
-
-
-def _refuse(differing: Sequence[str], weights: Weights, choice: Unscored | None) -> None:
-    infos = {name: weights.base.info(name) for name in differing}
-    if choice is None and differing:
-        problems = [f"{name}: {info}" for name, info in infos.items()]
-        raise CheckpointError(
-            problem_list("tensors without importance scores differ between the inputs", problems)
-            + "\nDecide with --unscored base, new or average"
-        )
-    whole = [name for name, info in infos.items() if not info.dtype.is_floating_point]
-    if choice == "average" and whole:
-        problems = [f"{name}: {infos[name]}" for name in whole]
-        raise CheckpointError(
-            problem_list("whole numbers that differ cannot be averaged", problems)
-            + "\nDecide with --unscored base or new"
-        )
+    return left.dtype == right.dtype and torch.equal(
+        left.view(torch.uint8), right.view(torch.uint8)
+    )

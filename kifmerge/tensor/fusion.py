@@ -1,31 +1,42 @@
-"""Fusion: the update of a base from the task vectors of new and historical knowledge.
+"""Fusion: the update of a base from task vectors, guided by importance.
 
-All rules work element by element, compute in float32 and return the dtype of ``base``. Task
-vectors are ``new_vector = theta_q - theta_b`` and ``historical_vector = theta_m - theta_q``: where
-the inner steps on the new task went from the base, and where the outer steps on memory went on
-from there.
+All rules work element by element, compute in float32 and return the dtype of ``base``. With two
+sides the task vectors are ``new_vector = theta_q - theta_b`` and ``historical_vector = theta_m -
+theta_q``: where the inner steps on the new task went from the base, and where the outer steps on
+memory went on from there. With any number of models every vector starts at the base.
+
+Every operation here rounds in one way, wherever an element lies: bits do not depend on how tensors
+are cut. Masks are turned into numbers, since on a CPU ``torch.where`` and comparisons take many
+times as long as arithmetic.
 
 References:
-    Recurrent-KIF, arXiv 2502.17510, with the weights of the authors' released code.
+    Recurrent-KIF, arXiv 2502.17510, with the weights of the authors' released code; the rules for
+    any number of models are our generalisation.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from kifmerge.tensor.softmax import softmax_weights
+
 Redundant = Literal["average", "drop"]
 
 DEFAULT_SHARED_WEIGHTS = (0.4, 0.6)
 
-_TAYLOR_DEGREE = 7
-_LOG2_E = 1.4426950408889634
-_LN2_HIGH = 0.693359375  # few enough bits that its multiples by whole numbers are exact
-_LN2_LOW = -2.12194440e-4
+
+def indicator(mask: Tensor) -> Tensor:
+    """A bool mask as float32: 1 where it is true, 0 where it is not. Always a new tensor.
+
+    >>> indicator(torch.tensor([True, False]))
+    tensor([1., 0.])
+    """
+    return mask.view(torch.uint8).float()  # read as bytes it is seven times faster than as bool
 
 
 def recurrent_kif_weights(
@@ -65,15 +76,21 @@ def recurrent_kif_weights(
     >>> recurrent_kif_weights(new, historical)[0]
     tensor([0.4000, 1.0000, 0.0000, 0.5000])
     """
-    neither = 0.5 if redundant == "average" else 0.0
-    exclusive = new_important ^ historical_important
-    both_or_neither = [
-        torch.where(new_important, shared, neither).float() for shared in shared_weights
-    ]
-    return (
-        torch.where(exclusive, new_important.float(), both_or_neither[0]),
-        torch.where(exclusive, historical_important.float(), both_or_neither[1]),
+    new, historical = (m.view(torch.uint8) for m in (new_important, historical_important))
+    both = new & historical
+    # What is not shared, in whole steps: of 1 in (n, h), or of 1/2 in (1 + n - h, 1 - n + h).
+    if redundant == "drop":
+        step, unshared = 1.0, (new - both, historical - both)
+    else:
+        lead, rest = new - historical, both ^ 1  # bytes wrap around, and back in the sum
+        step, unshared = 0.5, (rest + lead, rest - lead)
+    shared = both.float()
+    # A number times 0 or 1 is exact, so that add_ may fuse the two operations or not.
+    new_weight, historical_weight = (
+        steps.float().mul_(step).add_(shared, alpha=weight)
+        for steps, weight in zip(unshared, shared_weights, strict=True)
     )
+    return new_weight, historical_weight
 
 
 def recurrent_kif(
@@ -94,10 +111,10 @@ def recurrent_kif(
     >>> recurrent_kif(torch.ones(1), torch.ones(1), 2 * torch.ones(1), yes, no)
     tensor([2.])
     """
-    new_weight, historical_weight = recurrent_kif_weights(
+    weights = recurrent_kif_weights(
         new_important, historical_important, shared_weights=shared_weights, redundant=redundant
     )
-    return add_vectors(base, new_vector, historical_vector, new_weight, historical_weight)
+    return _add_weighted(base, (new_vector, historical_vector), weights)
 
 
 def recurrent_kif_adaptive(
@@ -128,25 +145,8 @@ def recurrent_kif_adaptive(
     >>> recurrent_kif_adaptive(0 * one, one, one, one, one, temperature=0.25)
     tensor([1.])
     """
-    new_weight = _sigmoid((new_score.float() - historical_score.float()) / temperature)
-    return add_vectors(base, new_vector, historical_vector, new_weight, 1.0 - new_weight)
-
-
-def _sigmoid(values: Tensor) -> Tensor:
-    """1 / (1 + exp(-x)) in float32, to within two units in the last place, down to 1e-38.
-
-    ``torch.sigmoid`` rounds an element by where it lies: vector registers, and what is left over
-    behind them in each thread, have exponentials of their own. A merge must not depend on how its
-    tensors are cut, so this takes only operations that IEEE 754 rounds in one way.
-    """
-    exponent = values.abs().clamp_(max=87.0).neg_()  # exp(-87) is the last normal number
-    power = exponent.mul(_LOG2_E).round_()
-    rest = exponent.sub_(power.mul(_LN2_HIGH)).sub_(power.mul(_LN2_LOW))
-    exponential = torch.full_like(rest, 1.0 / math.factorial(_TAYLOR_DEGREE))
-    for degree in reversed(range(_TAYLOR_DEGREE)):
-        exponential.mul_(rest).add_(1.0 / math.factorial(degree))
-    exponential.mul_(((power.to(torch.int32) + 127) << 23).view(torch.float32))
-    return torch.where(values < 0, exponential, 1.0) / (exponential + 1.0)
+    weights = softmax_weights((new_score, historical_score), temperature=temperature)
+    return _add_weighted(base, (new_vector, historical_vector), weights)
 
 
 def add_vectors(
@@ -163,8 +163,130 @@ def add_vectors(
     >>> add_vectors(torch.ones(1), torch.ones(1), torch.ones(1), 0.5, 0.5)
     tensor([2.])
     """
-    fused = base.float() + new_weight * new_vector.float()
-    return (fused + historical_weight * historical_vector.float()).to(base.dtype)
+    return _add_terms(
+        base, (new_weight * new_vector.float(), historical_weight * historical_vector.float())
+    )
+
+
+def _add_weighted(base: Tensor, vectors: Sequence[Tensor], weights: Iterable[Tensor]) -> Tensor:
+    """Base + w_1 * v_1 + w_2 * v_2 + ..., in this order; overwrites the weights."""
+    pairs = zip(vectors, weights, strict=True)
+    return _add_terms(base, (weight.mul_(vector.float()) for vector, weight in pairs))
+
+
+def _add_terms(base: Tensor, terms: Iterable[Tensor]) -> Tensor:
+    """Base + t_1 + t_2 + ..., in this order and in float32; overwrites the terms."""
+    fused: Tensor | None = None
+    for term in terms:
+        fused = term.add_(base.float()) if fused is None else fused.add_(term)
+    if fused is None:
+        raise ValueError("expected at least one task vector, found none")
+    return fused.to(base.dtype)
+
+
+def importance_weights(
+    important: Sequence[Tensor], shares: Sequence[float], *, redundant: Redundant = "average"
+) -> list[Tensor]:
+    """Weights of any number of task vectors from the masks of what each model finds important.
+
+    With P the models that find a parameter important, ``w_i = s_i / sum over P of s_j`` for i in
+    P, and 0 for the others; where P is empty 1/N for each (``average``) or 0 (``drop``).
+
+    Args:
+        important: one bool mask per model, of one shape.
+        shares: s, one number above 0 per model; only their ratios matter.
+        redundant: what becomes of parameters that no model finds important.
+
+    Returns:
+        One float32 tensor per model.
+
+    Raises:
+        ValueError: no models, not one share for each, or a share that is not above 0 and finite.
+
+    References:
+        Ours. With two models of shares 0.4 and 0.6 the weights are those of
+        :func:`recurrent_kif_weights`, to the bit; with two others that add up to 1 to within a
+        unit in the last place.
+
+    >>> masks = [torch.tensor([True, True, False]), torch.tensor([True, False, False])]
+    >>> importance_weights(masks, [1.0, 3.0])
+    [tensor([0.2500, 1.0000, 0.5000]), tensor([0.7500, 0.0000, 0.5000])]
+    """
+    return list(_importance_weights(important, shares, redundant))
+
+
+def recurrent_kif_models(
+    base: Tensor,
+    vectors: Sequence[Tensor],
+    important: Sequence[Tensor],
+    shares: Sequence[float],
+    *,
+    redundant: Redundant = "average",
+) -> Tensor:
+    """Recurrent-KIF for any number of models: base + w_1 * v_1 + w_2 * v_2 + ..., in their order.
+
+    Weights are those of :func:`importance_weights`, made one at a time. All tensors have one shape.
+
+    >>> yes, no = torch.tensor([True]), torch.tensor([False])
+    >>> vectors = [torch.tensor([1.0]), torch.tensor([2.0]), torch.tensor([4.0])]
+    >>> recurrent_kif_models(torch.ones(1), vectors, [yes, yes, no], [1.0, 3.0, 1.0])
+    tensor([2.7500])
+    """
+    return _add_weighted(base, vectors, _importance_weights(important, shares, redundant))
+
+
+def _importance_weights(
+    important: Sequence[Tensor], shares: Sequence[float], redundant: Redundant
+) -> Iterator[Tensor]:
+    if len(important) != len(shares) or not important:
+        raise ValueError(
+            f"expected at least one mask and a share for each, found {len(important)} masks and "
+            f"{len(shares)} shares"
+        )
+    if not all(math.isfinite(share) and share > 0 for share in shares):
+        raise ValueError(f"shares must be finite and above 0, found {list(shares)}")
+    nobody = important[0].view(torch.uint8) ^ 1
+    for mask in important[1:]:
+        nobody &= mask.view(torch.uint8) ^ 1
+    redundant_weight = nobody.float()
+    total = redundant_weight.clone()  # 1 where there is nothing to divide
+    for mask, share in zip(important, shares, strict=True):
+        total.add_(indicator(mask), alpha=share)
+    redundant_weight.mul_(1.0 / len(important) if redundant == "average" else 0.0)
+    for mask, share in zip(important, shares, strict=True):
+        weight = indicator(mask)
+        yield torch.add(redundant_weight, weight, alpha=share, out=weight).div_(total)
+
+
+def recurrent_kif_adaptive_models(
+    base: Tensor, vectors: Sequence[Tensor], scores: Sequence[Tensor], *, temperature: float
+) -> Tensor:
+    """Adaptive Recurrent-KIF for any number of models, softmax weights instead of masks.
+
+    Weights are those of :func:`kifmerge.tensor.softmax.softmax_weights`; the task vectors are added
+    to the base in the models' order. Equal to :func:`recurrent_kif_adaptive` for two models, and to
+    :func:`average_models` where all scores are equal, to the bit.
+
+    Args:
+        base: weights that all task vectors start from.
+        vectors: one task vector per model.
+        scores: one tensor per model, min-max normalised over the whole model.
+        temperature: t > 0; small values approach a choice, large ones the average.
+
+    >>> one = torch.ones(1)
+    >>> recurrent_kif_adaptive_models(one, [one, one, one], [one, one, one], temperature=0.25)
+    tensor([2.])
+    """
+    return _add_weighted(base, vectors, softmax_weights(scores, temperature=temperature))
+
+
+def average_models(base: Tensor, vectors: Sequence[Tensor]) -> Tensor:
+    """The control without importance: base + v_1 / N + v_2 / N + ..., in the models' order.
+
+    >>> average_models(torch.ones(1), [torch.ones(1), torch.ones(1), torch.ones(1)])
+    tensor([2.])
+    """
+    return _add_terms(base, (vector.float() * (1.0 / len(vectors)) for vector in vectors))
 
 
 def score_bounds(scores: Iterable[Tensor]) -> tuple[float, float]:

@@ -115,6 +115,32 @@ class ImportanceAccumulator:
                 self._update_group(*group)
         self.num_steps += 1
 
+    def begin(self) -> None:
+        """Begin a step whose gradients come one by one: :meth:`take` once for each parameter."""
+        self.num_steps += 1
+
+    def take(self, name: str, weight: Tensor, gradient: Tensor | None) -> Tensor:
+        """Take in one parameter's part of the step begun last; it cannot be taken out again.
+
+        Args:
+            name: of the parameter.
+            weight: its own.
+            gradient: likewise; None counts as zero.
+
+        Returns:
+            Its largest sensitivity in this step, a float32 scalar on its device: NaN or infinite
+            if the gradient is, or overflows.
+        """
+        largest: list[Tensor] = []
+        with torch.no_grad():
+            for s, u, w, g in _groups(
+                [self.sensitivity[name]], [self.uncertainty[name]], [weight], [gradient]
+            ):
+                scratch = _step_sensitivity(w, g, self.options.sensitivity)
+                largest += _maxima(scratch)
+                self._smooth(s, u, scratch)
+        return _maximum(largest, weight)
+
     def _update_group(
         self,
         sensitivity: list[Tensor],
@@ -122,8 +148,14 @@ class ImportanceAccumulator:
         weights: list[Tensor],
         gradients: list[Tensor],
     ) -> None:
-        b1, b2 = self.options.betas
         scratch = _step_sensitivity(weights, gradients, self.options.sensitivity)
+        self._smooth(sensitivity, uncertainty, scratch)
+
+    def _smooth(
+        self, sensitivity: list[Tensor], uncertainty: list[Tensor], scratch: list[Tensor]
+    ) -> None:
+        """Move S and U by the step's sensitivity, whose tensors are used up."""
+        b1, b2 = self.options.betas
         torch._foreach_lerp_(sensitivity, scratch, 1.0 - b1)
         torch._foreach_sub_(scratch, sensitivity)
         torch._foreach_abs_(scratch)
@@ -200,9 +232,54 @@ class MeanAccumulator:
                 torch._foreach_lerp_(mean, scratch, 1.0 / self.num_batches)
         return True
 
+    def begin(self) -> None:
+        """Begin a batch whose gradients come one by one: :meth:`take` once for each parameter."""
+        self.num_batches += 1
+
+    def take(self, name: str, weight: Tensor, gradient: Tensor | None) -> Tensor:
+        """Take in one parameter's part of the batch begun last; it cannot be taken out again.
+
+        Args:
+            name: of the parameter.
+            weight: its own.
+            gradient: likewise; None counts as zero.
+
+        Returns:
+            Its largest sensitivity in this batch, a float32 scalar on its device: NaN or infinite
+            if the gradient is, or overflows.
+        """
+        largest: list[Tensor] = []
+        # One accumulator only: it takes the place of both.
+        means = [self.mean[name]]
+        with torch.no_grad():
+            for mean, _, w, g in _groups(means, means, [weight], [gradient]):
+                scratch = _step_sensitivity(w, g, self._sensitivity)
+                largest += _maxima(scratch)
+                torch._foreach_lerp_(mean, scratch, 1.0 / self.num_batches)
+        return _maximum(largest, weight)
+
+    def reset(self) -> None:
+        """Forget everything but the count of refused batches."""
+        torch._foreach_zero_(list(self.mean.values()))
+        self.num_batches = 0
+
     def state_dict(self) -> dict[str, Tensor]:
         """The means as ``score/NAME``, not copied."""
         return {f"score/{name}": value for name, value in self.mean.items()}
+
+
+def largest_sensitivity(weight: Tensor, gradient: Tensor, kind: Sensitivity = "first") -> Tensor:
+    """Largest sensitivity of one parameter in one step, as the accumulators' ``take`` tells it.
+
+    >>> largest_sensitivity(torch.tensor([2.0, 1.0]), torch.tensor([-3.0, 4.0]))
+    tensor(6.)
+    """
+    largest: list[Tensor] = []
+    with torch.no_grad():
+        flat = weight.reshape(-1)
+        for _, _, w, g in _groups([flat], [flat], [flat], [gradient.reshape(-1)]):
+            largest += _maxima(_step_sensitivity(w, g, kind))
+    return _maximum(largest, weight)
 
 
 def all_finite(tensors: Sequence[Tensor | None]) -> bool:
@@ -225,6 +302,16 @@ def _finite(values: Sequence[Tensor]) -> bool:
     for value in values:
         by_device.setdefault(value.device, []).append(value)
     return all(bool(torch.stack(group).isfinite().all()) for group in by_device.values())
+
+
+def _maxima(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The largest value of each tensor that is not empty; NaN where there is one."""
+    return [tensor.amax() for tensor in tensors if tensor.numel()]
+
+
+def _maximum(values: Sequence[Tensor], like: Tensor) -> Tensor:
+    """The largest of some scalars, 0 if there are none; NaN if one is."""
+    return torch.stack([*values]).amax() if values else torch.zeros((), device=like.device)
 
 
 def _zeros_float32(parameter: Tensor) -> Tensor:

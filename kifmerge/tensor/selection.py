@@ -23,6 +23,9 @@ from torch import Tensor
 
 Scope = Literal["global", "tensor"]
 CountReduction = Callable[[Tensor], Tensor]
+# Scores, or a function that reads them: readings are spread over workers together with the counts.
+Part = Tensor | Callable[[], Tensor]
+Spread = Callable[[Callable[[Part], Tensor], Iterable[Part]], Iterable[Tensor]]
 
 CHUNK_NUMEL = 1 << 20
 ACCELERATOR_CHUNK_NUMEL = 1 << 25
@@ -70,18 +73,21 @@ def threshold_rank(num_scores: int, important_fraction: float | str | Fraction) 
 
 
 def importance_threshold(
-    scores: Iterable[Tensor],
+    scores: Iterable[Part],
     important_fraction: float | str | Fraction,
     *,
     reduce_counts: CountReduction | None = None,
+    spread: Spread = map,
 ) -> Threshold:
     """Exact threshold over all the given score tensors together.
 
     Args:
-        scores: score tensors of any shape, float32, bfloat16 or float16; iterated at most twice,
-            so pass a list or an object whose ``__iter__`` starts anew, not a generator.
+        scores: score tensors of any shape, float32, bfloat16 or float16, or functions that read
+            them; iterated at most twice, so pass a list or an object whose ``__iter__`` starts
+            anew, not a generator.
         important_fraction: share of scores to be found important, in [0, 1].
         reduce_counts: adds up int64 counts over processes; None for one process.
+        spread: applies a function to many parts, as the built-in ``map`` does, or on threads.
 
     Raises:
         ValueError: no scores, NaN among them, or a fraction outside [0, 1].
@@ -90,13 +96,13 @@ def importance_threshold(
     >>> importance_threshold([torch.arange(6.0), torch.arange(6.0, 11.0)], 0.2)
     Threshold(value=8.0, num_scores=11, num_above=2)
     """
-    upper = _checked_upper_counts(scores, reduce_counts)
-    num_scores = int(upper.sum())
+    counts = _two_level_counts(scores, reduce_counts, spread)
+    num_scores = int(counts.upper.sum())
     rank = threshold_rank(num_scores, important_fraction)
-    bucket, rank_in_bucket = _locate(upper, rank)
-    lower = _count(scores, lambda chunk: _lower_counts(chunk, bucket), reduce_counts)
+    bucket, rank_in_bucket = _locate(counts.upper, rank)
+    lower = counts.lower(bucket)
     low_bits, _ = _locate(lower, rank_in_bucket)
-    num_above = int(upper[bucket + 1 :].sum()) + int(lower[low_bits + 1 :].sum())
+    num_above = int(counts.upper[bucket + 1 :].sum()) + int(lower[low_bits + 1 :].sum())
     return Threshold(_value(bucket, low_bits), num_scores, num_above)
 
 
@@ -109,7 +115,7 @@ def mask_above(scores: Tensor, threshold: Threshold) -> Tensor:
     return scores.float() > threshold.value
 
 
-def kth_smallest(scores: Iterable[Tensor], rank: int) -> float:
+def kth_smallest(scores: Iterable[Part], rank: int, *, spread: Spread = map) -> float:
     """The rank-th smallest of all values, 1 for the smallest; -0.0 and 0.0 are one value.
 
     >>> kth_smallest([torch.tensor([3.0, -1.0]), torch.tensor([2.0])], 2)
@@ -118,46 +124,64 @@ def kth_smallest(scores: Iterable[Tensor], rank: int) -> float:
     Raises:
         ValueError: rank outside 1..n, or NaN among the values.
     """
-    upper = _checked_upper_counts(scores, None)
-    num_values = int(upper.sum())
+    counts = _two_level_counts(scores, None, spread)
+    num_values = int(counts.upper.sum())
     if not 1 <= rank <= num_values:
         raise ValueError(f"rank must lie in 1..{num_values}, found {rank}")
-    bucket, rank_in_bucket = _locate(upper, rank)
-    lower = _count(scores, lambda chunk: _lower_counts(chunk, bucket), None)
-    return _value(bucket, _locate(lower, rank_in_bucket)[0])
+    bucket, rank_in_bucket = _locate(counts.upper, rank)
+    return _value(bucket, _locate(counts.lower(bucket), rank_in_bucket)[0])
 
 
 def _count(
-    tensors: Iterable[Tensor],
+    scores: Iterable[Part],
     counts_of: Callable[[Tensor], Tensor],
     reduce_counts: CountReduction | None,
+    spread: Spread,
 ) -> Tensor:
     """Add up the counts of all chunks, where the chunks are, and bring the sum to the CPU."""
-    if isinstance(tensors, Iterator):
+    if isinstance(scores, Iterator):
         raise TypeError("scores are read twice: pass a list or a re-iterable, not an iterator")
+
+    def counts_of_part(part: Part) -> Tensor:
+        scores = part if isinstance(part, Tensor) else part()
+        chunks = scores.detach().reshape(-1).split(_chunk_numel(scores))
+        total = counts_of(_countable(chunks[0]))
+        for chunk in chunks[1:]:
+            total += counts_of(_countable(chunk))
+        return total
+
     total: Tensor | None = None
-    for chunk in _chunks(tensors):
-        counts = counts_of(chunk)
+    for counts in spread(counts_of_part, _bundles(scores)):
         total = counts if total is None else total.to(counts.device).add_(counts)
     if total is None:
-        total = torch.zeros(_NUM_BUCKETS + 1, dtype=torch.int64)
+        total = torch.zeros(_NUM_BUCKETS + 2, dtype=torch.int64)
     total = total.cpu()
     return total if reduce_counts is None else reduce_counts(total)
 
 
-def _chunks(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Cut large tensors and pack small ones into flat chunks of about the same size."""
+def _countable(scores: Tensor) -> Tensor:
+    if scores.dtype not in _SUPPORTED:
+        raise TypeError(f"scores must be float32, bfloat16 or float16, found {scores.dtype}")
+    return scores
+
+
+def _chunk_numel(scores: Tensor) -> int:
+    return CHUNK_NUMEL if scores.device.type == "cpu" else ACCELERATOR_CHUNK_NUMEL
+
+
+def _bundles(scores: Iterable[Part]) -> Iterator[Part]:
+    """Pack small tensors into flat ones of about a chunk's size; functions pass as they are."""
     packed: list[Tensor] = []
-    for tensor in tensors:
-        if tensor.dtype not in _SUPPORTED:
-            raise TypeError(f"scores must be float32, bfloat16 or float16, found {tensor.dtype}")
-        limit = CHUNK_NUMEL if tensor.device.type == "cpu" else ACCELERATOR_CHUNK_NUMEL
-        for piece in tensor.detach().reshape(-1).split(limit):
-            full = sum(earlier.numel() for earlier in packed) + piece.numel() > limit
-            if packed and (full or packed[0].device != piece.device):
-                yield torch.cat(packed) if len(packed) > 1 else packed[0]
-                packed = []
-            packed.append(piece)
+    for part in scores:
+        if not isinstance(part, Tensor):
+            yield part
+            continue
+        flat = _countable(part).detach().reshape(-1)
+        full = sum(earlier.numel() for earlier in packed) + flat.numel() > _chunk_numel(flat)
+        if packed and (full or packed[0].device != flat.device):
+            yield torch.cat(packed) if len(packed) > 1 else packed[0]
+            packed = []
+        packed.append(flat)
     if packed:
         yield torch.cat(packed) if len(packed) > 1 else packed[0]
 
@@ -169,18 +193,39 @@ def _ordered_bits(chunk: Tensor) -> Tensor:
 
 
 def _upper_counts(chunk: Tensor) -> Tensor:
-    """Counts per bucket, and behind them the number of NaN."""
+    """Counts per bucket, and behind them the number of NaN and of values of more than 16 bits."""
     upper = (_ordered_bits(chunk) >> 16) + (_NUM_BUCKETS // 2)
-    counts = torch.bincount(upper, minlength=_NUM_BUCKETS + 1)
+    counts = torch.bincount(upper, minlength=_NUM_BUCKETS + 2)
     counts[_NUM_BUCKETS] = chunk.isnan().sum()
+    counts[_NUM_BUCKETS + 1] = 0 if chunk.dtype == torch.bfloat16 else chunk.numel()
     return counts
 
 
-def _checked_upper_counts(scores: Iterable[Tensor], reduce_counts: CountReduction | None) -> Tensor:
-    counts = _count(scores, _upper_counts, reduce_counts)
+@dataclass(frozen=True, slots=True)
+class _TwoLevelCounts:
+    """Counts per bucket, and on demand those inside one."""
+
+    upper: Tensor
+    lower: Callable[[int], Tensor]
+
+
+def _two_level_counts(
+    scores: Iterable[Part], reduce_counts: CountReduction | None, spread: Spread
+) -> _TwoLevelCounts:
+    counts = _count(scores, _upper_counts, reduce_counts, spread)
+    upper = counts[:_NUM_BUCKETS]
     if int(counts[_NUM_BUCKETS]):
         raise ValueError("NaN among the scores")
-    return counts[:_NUM_BUCKETS]
+
+    def lower(bucket: int) -> Tensor:
+        if int(counts[_NUM_BUCKETS + 1]):
+            return _count(scores, lambda c: _lower_counts(c, bucket), reduce_counts, spread)
+        # bfloat16 throughout: a bucket has one value, and no second pass is needed to find it.
+        only = torch.zeros(_NUM_BUCKETS, dtype=torch.int64)
+        only[0 if bucket >= _NUM_BUCKETS // 2 else -1] = upper[bucket]
+        return only
+
+    return _TwoLevelCounts(upper, lower)
 
 
 def _lower_counts(chunk: Tensor, bucket: int) -> Tensor:

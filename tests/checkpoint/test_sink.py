@@ -1,15 +1,29 @@
+import hashlib
+import itertools
 import json
+import random
+from concurrent.futures import ThreadPoolExecutor
 
 import folders
 import pytest
 import safetensors
 import tiny
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from transformers import AutoModelForCausalLM
 
+from kifmerge.checkpoint import sink as sink_module
 from kifmerge.checkpoint.atomic import whole_folder
 from kifmerge.checkpoint.pieces import pieces, read_piece, split_piece
-from kifmerge.checkpoint.sink import FolderSink, MemorySink, copy_companions, layout_of
+from kifmerge.checkpoint.sink import (
+    FileRecord,
+    FolderSink,
+    MemorySink,
+    copy_companions,
+    layout_of,
+    new_layout,
+    with_dtype,
+)
 from kifmerge.checkpoint.source import TensorInfo, open_source
 from kifmerge.errors import CheckpointError
 
@@ -18,6 +32,7 @@ CONTENT = {
     "half": folders.random_tensors(1, {"w": (9,)}, torch.bfloat16)["w"],
     "whole": torch.arange(10),
 }
+INFOS = [(n, TensorInfo(t.dtype, tuple(t.shape))) for n, t in CONTENT.items()]
 FILES = {
     "single": {"model.safetensors": list(CONTENT)},
     "sharded": {
@@ -37,8 +52,8 @@ class Target:
         if kind == "strided":
             self.live["b.weight"] = torch.zeros(7, 5).T
         if kind in FILES:
-            layout = {file: [(n, infos[n]) for n in names] for file, names in FILES[kind].items()}
-            self.sink = FolderSink(directory, "model", layout)
+            self.layout = {f: [(n, infos[n]) for n in names] for f, names in FILES[kind].items()}
+            self.sink = FolderSink(directory, "model", self.layout)
         else:
             self.sink = MemorySink(self.live)
 
@@ -52,12 +67,16 @@ def target(request, tmp_path):
     return Target(request.param, tmp_path)
 
 
-def add_all(sink, step, *, backwards=False, but=()):
-    parts = [
+def parts_of(tensors, step):
+    return [
         (name, start, tensor.reshape(-1)[start : start + step])
-        for name, tensor in CONTENT.items()
+        for name, tensor in tensors.items()
         for start in range(0, tensor.numel(), step)
     ]
+
+
+def add_all(sink, step, *, backwards=False, but=()):
+    parts = parts_of(CONTENT, step)
     for part in reversed(parts) if backwards else parts:
         if part[:2] not in but:
             sink.add(*part)
@@ -83,11 +102,33 @@ class TestContract:
         with pytest.raises(ValueError, match=f"{hole[0]}: elements {hole[1]} to .* missing"):
             target.sink.commit()
 
-    def test_a_part_that_comes_twice_is_noticed(self, target):
-        add_all(target.sink, 3)
-        target.sink.add("b.weight", 3, torch.zeros(3))
-        with pytest.raises(ValueError, match=r"b\.weight: .* came twice"):
+    @pytest.mark.parametrize(
+        ("start", "stop"), [(3, 6), (0, 3), (4, 5), (2, 8), (33, 35), (0, 35), (1, 4)]
+    )
+    @pytest.mark.parametrize("when", ["before", "after"])
+    def test_elements_that_come_twice_are_noticed(self, target, start, stop, when):
+        """When they come, or when all is said to be there."""
+        twice = ("b.weight", start, torch.zeros(stop - start))
+
+        def add_and_commit():
+            if when == "before":
+                target.sink.add(*twice)
+            add_all(target.sink, 3)
+            if when == "after":
+                target.sink.add(*twice)
             target.sink.commit()
+
+        with pytest.raises(ValueError, match=r"b\.weight: .* came twice"):
+            add_and_commit()
+
+    def test_parts_may_come_from_many_threads(self, target):
+        parts = parts_of(CONTENT, 2)
+        random.Random(0).shuffle(parts)
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda part: target.sink.add(*part), parts))
+        target.sink.commit()
+        found = target.written()
+        assert all(torch.equal(found[name], tensor) for name, tensor in CONTENT.items())
 
     @pytest.mark.parametrize(
         ("name", "start", "values", "match"),
@@ -142,6 +183,66 @@ class TestFolder:
         target.sink.commit()
         assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
 
+    @pytest.mark.parametrize("order", ["as they lie", "backwards", "at random"])
+    @pytest.mark.parametrize("most_pending", [0, 40, 1 << 26])
+    @pytest.mark.parametrize("kind", FILES)
+    def test_records_are_those_of_the_files(self, tmp_path, monkeypatch, order, most_pending, kind):
+        """Hashed while they are written, or read again where parts come in no order."""
+        monkeypatch.setattr(sink_module, "MOST_PENDING_BYTES", most_pending)
+        target, parts = Target(kind, tmp_path), parts_of(CONTENT, 3)
+        if order == "at random":
+            random.Random(1).shuffle(parts)
+        for part in parts if order != "backwards" else reversed(parts):
+            target.sink.add(*part)
+        target.sink.commit()
+        assert sorted(target.sink.records) == sorted(FILES[kind])
+        for name, record in target.sink.records.items():
+            content = (tmp_path / name).read_bytes()
+            expected = FileRecord(name, len(content), hashlib.sha256(content).hexdigest())
+            assert record == expected
+            assert FileRecord(**record.as_dict()) == expected
+
+    def test_files_written_in_order_are_not_read_again(self, tmp_path, monkeypatch):
+        def never(path):
+            pytest.fail(f"{path} is read again")
+
+        monkeypatch.setattr(sink_module, "file_sha256", never)
+        for kind, files in FILES.items():
+            (tmp_path / kind).mkdir()
+            target = Target(kind, tmp_path / kind)
+            for names in files.values():
+                parts = parts_of({name: CONTENT[name] for name in names}, 3)
+                for start in range(0, len(parts), 2):
+                    for part in reversed(parts[start : start + 2]):  # as two workers may
+                        target.sink.add(*part)
+            target.sink.commit()
+
+    def test_file_is_finished_as_soon_as_it_is_whole(self, tmp_path):
+        target = Target("sharded", tmp_path)
+        first = FILES["sharded"]["model-1.safetensors"]
+        for part in parts_of({name: CONTENT[name] for name in first}, 8):
+            target.sink.add(*part)
+        record = target.sink.finish("model-1.safetensors")
+        assert target.sink.records == {"model-1.safetensors": record}
+        with pytest.raises(ValueError, match=r"model-2\.safetensors: .* missing"):
+            target.sink.finish("model-2.safetensors")
+
+    def test_finished_files_are_left_as_they_are(self, tmp_path):
+        """As when a merge goes on: the index speaks of them too."""
+        target = Target("sharded", tmp_path)
+        add_all(target.sink, 8)
+        record = target.sink.finish("model-1.safetensors")
+        again = FolderSink(tmp_path, "model", target.layout, finished=[record])
+        with pytest.raises(ValueError, match=r"b\.weight is none of the tensors to be written"):
+            again.add("b.weight", 0, CONTENT["b.weight"].reshape(-1))
+        for part in parts_of({n: CONTENT[n] for n in FILES["sharded"]["model-2.safetensors"]}, 8):
+            again.add(*part)
+        again.commit()
+        assert sorted(again.records) == sorted(FILES["sharded"])
+        assert sorted(open_source(tmp_path).names()) == sorted(CONTENT)
+        found = folders.load(tmp_path)
+        assert all(torch.equal(found[name], tensor) for name, tensor in CONTENT.items())
+
     def test_interrupted_writing_leaves_nothing(self, tmp_path):
         def interrupted():
             with whole_folder(tmp_path / "out") as temporary:
@@ -186,3 +287,40 @@ def test_companions_are_what_loading_needs(tmp_path):
     assert found == sorted(expected)
     assert not (directory / "special_tokens_map.json").is_symlink()
     assert (directory / "spiece.model").read_text() == "spiece.model"
+
+
+class TestLayout:
+    @pytest.mark.parametrize("most_bytes", [1, 48, 100, 140, 188, 189, 10**9])
+    def test_files_are_full_and_no_fuller(self, most_bytes):
+        layout = new_layout(INFOS, "model", most_bytes)
+        files = list(layout.values())
+        assert [tensor for infos in files for tensor in infos] == INFOS
+        sizes = [[info.nbytes for _, info in infos] for infos in files]
+        assert all(sum(of_file) <= most_bytes or len(of_file) == 1 for of_file in sizes)
+        for before, after in itertools.pairwise(sizes):
+            assert sum(before) + after[0] > most_bytes
+
+    @pytest.mark.parametrize(("most_bytes", "num_files"), [(10**9, 1), (100, 3)])
+    def test_names_are_those_of_hugging_face(self, tmp_path, most_bytes, num_files):
+        layout = new_layout(INFOS, "model", most_bytes)
+        theirs = split_torch_state_dict_into_shards(CONTENT, max_shard_size=most_bytes)
+        assert list(layout) == list(theirs.filename_to_tensors)
+        assert len(layout) == num_files
+        sink = FolderSink(tmp_path, "model", layout)
+        add_all(sink, 8)
+        sink.commit()
+        assert open_source(tmp_path).files == {f: tuple(n for n, _ in i) for f, i in layout.items()}
+
+    def test_other_dtype_is_that_of_floating_point_tensors(self, tmp_path):
+        layout = {"model.safetensors": INFOS}
+        assert with_dtype(layout, None) == layout
+        changed = dict(with_dtype(layout, torch.float16)["model.safetensors"])
+        for name, info in INFOS:
+            dtype = info.dtype if name == "whole" else torch.float16
+            assert changed[name] == TensorInfo(dtype, info.shape)
+
+    def test_of_a_checkpoint(self, tmp_path):
+        source = open_source(folders.save(tmp_path, CONTENT, num_shards=3))
+        layout = layout_of(source)
+        assert {f: tuple(n for n, _ in infos) for f, infos in layout.items()} == source.files
+        assert dict(t for infos in layout.values() for t in infos) == dict(INFOS)

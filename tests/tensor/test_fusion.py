@@ -1,3 +1,5 @@
+import itertools
+
 import oracles
 import pytest
 import torch
@@ -6,35 +8,42 @@ from hypothesis import strategies as st
 
 from kifmerge.tensor.fusion import (
     add_vectors,
+    average_models,
+    importance_weights,
+    indicator,
     normalise,
     recurrent_kif,
     recurrent_kif_adaptive,
+    recurrent_kif_adaptive_models,
+    recurrent_kif_models,
     recurrent_kif_weights,
     score_bounds,
 )
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SEEDS = st.integers(0, 2**31)
+REDUNDANT = st.sampled_from(["average", "drop"])
+SHARED_WEIGHTS = [(0.4, 0.6), (1.0, 1.0), (0.3, 0.7), (0.123, 3.7)]
 TABLE_ROWS = torch.tensor([[True, True], [True, False], [False, True], [False, False]])
 
 
-def draw(seed, shape=(4, 6), dtype=torch.float32):
+def draw(seed, shape=(4, 6)):
     """Base, two task vectors and two score tensors in [0, 1]."""
     generator = torch.Generator().manual_seed(seed)
-    base, new, historical = (torch.randn(shape, generator=generator).to(dtype) for _ in range(3))
+    base, new, historical = (torch.randn(shape, generator=generator) for _ in range(3))
     scores = [torch.rand(shape, generator=generator) for _ in range(2)]
     return base, new, historical, scores
 
 
-def every_rule(base, new, historical, scores):
-    """Results of all rules on the same input."""
-    masks = [score > 0.6 for score in scores]
-    return {
-        "average": add_vectors(base, new, historical, 0.5, 0.5),
-        "table": recurrent_kif(base, new, historical, *masks),
-        "table, dropped": recurrent_kif(base, new, historical, *masks, redundant="drop"),
-        "adaptive": recurrent_kif_adaptive(base, new, historical, *scores, temperature=0.25),
-    }
+def draw_models(seed, num_models, shape=(4, 6)):
+    """Base, task vectors and masks; one parameter in three is important to a model."""
+    generator = torch.Generator().manual_seed(seed)
+    base, *vectors = (torch.randn(shape, generator=generator) for _ in range(num_models + 1))
+    masks = [torch.rand(shape, generator=generator) < 1 / 3 for _ in range(num_models)]
+    return base, vectors, masks
+
+
+def bits(tensor):
+    return tensor.view(torch.int32)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +61,7 @@ def every_rule(base, new, historical, scores):
 def test_weights_are_those_of_the_table(options, expected):
     weights = recurrent_kif_weights(TABLE_ROWS[:, 0], TABLE_ROWS[:, 1], **options)
     assert all(weight.dtype == torch.float32 for weight in weights)
-    torch.testing.assert_close(torch.stack(weights, 1), torch.tensor(expected).float())
+    assert torch.equal(torch.stack(weights, 1), torch.tensor(expected).float())
 
 
 def test_fusion_by_hand():
@@ -61,64 +70,6 @@ def test_fusion_by_hand():
         TABLE_ROWS[:, 0], TABLE_ROWS[:, 1],
     )  # fmt: skip
     torch.testing.assert_close(found, torch.tensor([9.2, 11.0, 8.0, 9.5]))
-
-
-@given(seed=SEEDS, redundant=st.sampled_from(["average", "drop"]))
-def test_table_fusion_equals_the_oracle(seed, redundant):
-    base, new, historical, scores = draw(seed)
-    masks = [score > 0.6 for score in scores]
-    found = recurrent_kif(base, new, historical, *masks, redundant=redundant)
-    weights = oracles.masked_weights(*masks, redundant=redundant)
-    expected = oracles.fused(
-        base, base.double() + new.double(), base.double() + new.double() + historical, weights
-    )
-    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
-
-
-@given(seed=SEEDS, temperature=st.sampled_from([0.05, 0.25, 1.0, 10.0]))
-def test_adaptive_fusion_equals_the_oracle(seed, temperature):
-    base, new, historical, scores = draw(seed)
-    found = recurrent_kif_adaptive(base, new, historical, *scores, temperature=temperature)
-    weights = oracles.softmax_weights(*scores, temperature)
-    expected = oracles.fused(
-        base, base.double() + new.double(), base.double() + new.double() + historical, weights
-    )
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@given(seed=SEEDS, shape=st.lists(st.integers(0, 4), max_size=3))
-def test_every_rule_keeps_dtype_and_shape(dtype, seed, shape):
-    base, new, historical, scores = draw(seed, tuple(shape), dtype)
-    for rule, found in every_rule(base, new, historical, scores).items():
-        assert (found.dtype, found.shape) == (dtype, base.shape), rule
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@given(seed=SEEDS)
-def test_every_rule_returns_the_base_when_nothing_changed(dtype, seed):
-    base, _, _, scores = draw(seed, dtype=dtype)
-    zero = torch.zeros_like(base)
-    for rule, found in every_rule(base, zero, zero, scores).items():
-        assert torch.equal(found, base), rule
-
-
-@given(seed=SEEDS)
-def test_every_rule_works_element_by_element(seed):
-    base, new, historical, scores = draw(seed, (12,))
-    order = torch.randperm(12, generator=torch.Generator().manual_seed(seed))
-    whole = every_rule(base, new, historical, scores)
-    shuffled = every_rule(base[order], new[order], historical[order], [s[order] for s in scores])
-    assert all(torch.equal(whole[rule][order], shuffled[rule]) for rule in whole)
-
-
-@given(seed=SEEDS)
-def test_no_rule_changes_its_arguments(seed):
-    arguments = draw(seed)
-    base, new, historical, scores = draw(seed)
-    every_rule(base, new, historical, scores)
-    assert all(map(torch.equal, (base, new, historical), arguments[:3]))
-    assert all(map(torch.equal, scores, arguments[3]))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -154,6 +105,107 @@ def test_adaptive_at_a_small_temperature_is_a_choice(seed):
     found = recurrent_kif_adaptive(base, new, historical, *scores, temperature=1e-3)
     chosen = torch.where(scores[0] > scores[1], new, historical)
     torch.testing.assert_close(found, base + chosen)
+
+
+@given(seed=SEEDS, redundant=REDUNDANT, shared_weights=st.sampled_from(SHARED_WEIGHTS))
+def test_the_table_as_it_is_written_gives_the_same_bits(seed, redundant, shared_weights):
+    base, new, historical, scores = draw(seed)
+    masks = [score > 0.5 for score in scores]
+    neither = 0.5 if redundant == "average" else 0.0
+    table = torch.tensor([[neither] * 2, [0.0, 1.0], [1.0, 0.0], shared_weights])
+    weights = table[2 * masks[0].long() + masks[1].long()]
+    expected = base + weights[..., 0] * new + weights[..., 1] * historical
+    found = recurrent_kif(
+        base, new, historical, *masks, shared_weights=shared_weights, redundant=redundant
+    )
+    assert torch.equal(bits(found), bits(expected))
+
+
+@given(seed=SEEDS, redundant=REDUNDANT, shares=st.sampled_from([(0.4, 0.6), (2.0, 3.0)]))
+def test_two_models_of_the_table_s_shares_are_two_sides_to_the_bit(seed, redundant, shares):
+    base, vectors, masks = draw_models(seed, 2)
+    found = recurrent_kif_models(base, vectors, masks, shares, redundant=redundant)
+    assert torch.equal(
+        bits(found), bits(recurrent_kif(base, *vectors, *masks, redundant=redundant))
+    )
+
+
+@given(seed=SEEDS, temperature=st.sampled_from([0.01, 0.25, 100.0]))
+def test_adaptive_of_two_models_is_that_of_two_sides_to_the_bit(seed, temperature):
+    base, new, historical, scores = draw(seed)
+    found = recurrent_kif_adaptive_models(base, [new, historical], scores, temperature=temperature)
+    expected = recurrent_kif_adaptive(base, new, historical, *scores, temperature=temperature)
+    assert torch.equal(bits(found), bits(expected))
+
+
+@given(seed=SEEDS)
+def test_average_of_two_models_is_half_and_half_to_the_bit(seed):
+    base, vectors, _ = draw_models(seed, 2)
+    expected = add_vectors(base, *vectors, 0.5, 0.5)
+    assert torch.equal(bits(average_models(base, vectors)), bits(expected))
+
+
+@given(seed=SEEDS, num_models=st.integers(1, 40))
+def test_what_no_model_prefers_is_averaged_to_the_bit(seed, num_models):
+    base, vectors, _ = draw_models(seed, num_models)
+    expected = bits(average_models(base, vectors))
+    nothing, same = torch.zeros_like(base, dtype=torch.bool), torch.full_like(base, 0.3)
+    masked = recurrent_kif_models(base, vectors, [nothing] * num_models, [1.5] * num_models)
+    adaptive = recurrent_kif_adaptive_models(base, vectors, [same] * num_models, temperature=0.25)
+    assert torch.equal(bits(masked), expected)
+    assert torch.equal(bits(adaptive), expected)
+
+
+@pytest.mark.parametrize("redundant", ["average", "drop"])
+@pytest.mark.parametrize("shares", [[1.0], [1.0, 3.0], [0.1, 0.7, 0.2], [1.0, 2.0, 4.0, 1e-3]])
+def test_weights_of_models_for_every_set_of_them(shares, redundant):
+    rows = list(itertools.product([False, True], repeat=len(shares)))
+    found = importance_weights(list(torch.tensor(rows).T), shares, redundant=redundant)
+    assert all(weight.dtype == torch.float32 for weight in found)
+    expected = [oracles.model_weights(row, shares, redundant) for row in rows]
+    torch.testing.assert_close(
+        torch.stack(found, 1).double(), torch.tensor(expected).double(), rtol=3e-7, atol=0
+    )
+    alone = torch.tensor(rows).sum(1) == 1
+    assert torch.equal(torch.stack(found, 1)[alone], torch.tensor(rows)[alone].float())
+
+
+@given(seed=SEEDS, exponent=st.integers(-20, 20))
+def test_only_the_ratios_of_shares_matter(seed, exponent):
+    _, _, masks = draw_models(seed, 3)
+    shares = [0.2, 0.5, 1.1]
+    scaled = importance_weights(masks, [share * 2.0**exponent for share in shares])
+    assert all(map(torch.equal, scaled, importance_weights(masks, shares)))
+
+
+@pytest.mark.parametrize(
+    ("num_masks", "shares"),
+    [(0, []), (2, [1.0]), (1, [1.0, 1.0]), (2, [1.0, 0.0]), (2, [1.0, -1.0]), (1, [float("inf")]),
+     (1, [float("nan")])],
+)  # fmt: skip
+def test_shares_that_make_no_sense_are_refused(num_masks, shares):
+    masks = [torch.ones(2, dtype=torch.bool)] * num_masks
+    with pytest.raises(ValueError, match=r"found"):
+        importance_weights(masks, shares)
+
+
+def test_models_must_be_as_many_as_what_is_known_of_them():
+    base, vectors, masks = draw_models(0, 3)
+    scores = [mask.float() for mask in masks]
+    with pytest.raises(ValueError, match="zip"):
+        recurrent_kif_models(base, vectors, masks[:2], [1.0, 1.0])
+    with pytest.raises(ValueError, match="zip"):
+        recurrent_kif_adaptive_models(base, vectors, scores[:2], temperature=1.0)
+    with pytest.raises(ValueError, match="at least one task vector"):
+        average_models(base, [])
+
+
+@given(seed=SEEDS)
+def test_an_indicator_is_one_where_the_mask_is_true(seed):
+    _, _, (mask,) = draw_models(seed, 1)
+    found = indicator(mask)
+    assert torch.equal(found, torch.where(mask, 1.0, 0.0))
+    assert torch.equal(indicator(mask.T), found.T)
 
 
 def test_bounds_are_those_of_all_tensors_together():

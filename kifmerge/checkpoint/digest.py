@@ -1,0 +1,144 @@
+"""What weights are, in one number: a digest of content, whatever the shards they lie in.
+
+Each tensor has its XXH3-128, fast enough to take while tensors are read for something else; a
+folder has the SHA-256 over the sorted lines "STEM/NAME DTYPE SHAPE DIGEST" of its tensors. It finds
+what changed by accident, a bit in a shard or another training; it is no proof against forgery.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import threading
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import xxhash
+from torch import Tensor
+
+from kifmerge.checkpoint.header import PlacedTensor, TensorInfo, bytes_of, read_header
+
+BLOCK_BYTES = 1 << 20
+# Parts that come before their turn are kept as long as they are few.
+MOST_PENDING_BYTES = 1 << 26
+_WHOLE_FILES = ("*.jsonl", "units.json")
+_SHARD_NUMBER = re.compile(r"-\d+-of-\d+$")
+
+
+class TensorDigests:
+    """Digests of tensors, taken while their parts are read, in about the order of their elements.
+
+    Safe to feed from threads. A tensor whose parts came in no order, or not all, has none.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running: dict[str, _RunningDigest] = {}
+        self._finished: dict[str, str] = {}
+
+    def feed(self, name: str, info: TensorInfo, start: int, values: Tensor) -> None:
+        """Take in a flat part of a tensor; what was taken in before is left out."""
+        with self._lock:
+            if name in self._finished:
+                return
+            running = self._running.setdefault(name, _RunningDigest())
+            running.feed(start, values)
+            if running.position == info.numel:
+                self._finished[name] = self._running.pop(name).hash.hexdigest()
+
+    def know(self, digests: Mapping[str, str]) -> None:
+        """Take over digests that are known from elsewhere."""
+        with self._lock:
+            self._finished.update(digests)
+
+    def finished(self, names: Iterable[str] | None = None) -> dict[str, str]:
+        """Name -> digest of those tensors, or of all, that came whole."""
+        with self._lock:
+            wanted = self._finished if names is None else names
+            return {name: self._finished[name] for name in wanted if name in self._finished}
+
+
+class _RunningDigest:
+    """The digest of a tensor's elements up to a position, and parts from beyond it."""
+
+    def __init__(self) -> None:
+        self.hash = xxhash.xxh3_128()
+        self.position = 0
+        self._pending: dict[int, Tensor] = {}
+        self._pending_bytes = 0
+
+    def feed(self, start: int, values: Tensor) -> None:
+        if start > self.position:
+            if self._pending_bytes + values.nbytes <= MOST_PENDING_BYTES:
+                self._pending[start] = values
+                self._pending_bytes += values.nbytes
+            return
+        if start < self.position or not values.numel():
+            return
+        self._take(values)
+        while (following := self._pending.pop(self.position, None)) is not None:
+            self._pending_bytes -= following.nbytes
+            self._take(following)
+
+    def _take(self, values: Tensor) -> None:
+        self.hash.update(bytes_of(values))
+        self.position += values.numel()
+
+
+def digest(path: Path, known: Mapping[str, str] | None = None) -> str | None:
+    """SHA-256 of what a folder's tensors, memory rows and skill units are, or of one file.
+
+    None if there is nothing on this disk, as for a Hub reference.
+
+    Args:
+        path: folder or file.
+        known: ``FILE/NAME`` -> digest of tensors that need not be read again.
+
+    Raises:
+        CheckpointError: a safetensors file that is damaged.
+    """
+    if path.is_file():
+        return file_sha256(path)
+    if not path.is_dir():
+        return None
+    whole = [file for pattern in _WHOLE_FILES for file in path.glob(pattern)]
+    lines = [f"{file.name} {file_sha256(file)}" for file in whole]
+    for file in path.glob("*.safetensors"):
+        stem = stem_of(file.name)
+        lines += [
+            f"{stem}/{name} {tensor.info} "
+            + ((known or {}).get(f"{file.name}/{name}") or _tensor_digest(file, tensor))
+            for name, tensor in read_header(file).items()
+        ]
+    if not lines:
+        return None
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+
+def stem_of(file_name: str) -> str:
+    """What an artifact's safetensors files are named after, without the number of a shard.
+
+    >>> stem_of("model-00001-of-00003.safetensors"), stem_of("mask.safetensors")
+    ('model', 'mask')
+    """
+    return _SHARD_NUMBER.sub("", file_name.removesuffix(".safetensors"))
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file as it is."""
+    content = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(BLOCK_BYTES):
+            content.update(block)
+    return content.hexdigest()
+
+
+def _tensor_digest(path: Path, tensor: PlacedTensor) -> str:
+    content = xxhash.xxh3_128()
+    left = tensor.info.nbytes
+    with path.open("rb") as stream:
+        stream.seek(tensor.offset)
+        while left and (block := stream.read(min(left, BLOCK_BYTES))):
+            content.update(block)
+            left -= len(block)
+    return content.hexdigest()

@@ -1,0 +1,313 @@
+"""The merge command: fuse checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from kifmerge.cli.options import (
+    AllowOption,
+    DryRunOption,
+    FractionOption,
+    JsonOption,
+    NonfiniteOption,
+    QuietOption,
+    ReplaceOption,
+    ScopeOption,
+    WorkersOption,
+    given,
+    parse_allowed,
+    parse_bytes,
+)
+from kifmerge.cli.output import print_mapping
+from kifmerge.cli.reporting import as_usage, print_result, reporting
+
+if TYPE_CHECKING:
+    from kifmerge.phases.inputs import MergeInputs
+    from kifmerge.phases.rules import FusionOptions
+
+RuleName = Literal[
+    "recurrent-kif", "recurrent-kif-adaptive", "average", "recurrent-average", "kif",
+    "kif-adaptive", "linear", "task-arithmetic", "ties", "magmax",
+]  # fmt: skip
+Reference = Annotated[Path | None, typer.Option(metavar="REF")]
+Folder = Annotated[Path | None, typer.Option(metavar="DIR")]
+
+
+def merge(
+    out: Annotated[Path, typer.Option(help="Folder of the merged checkpoint to make.")],
+    file: Annotated[
+        Path | None,
+        typer.Argument(metavar="[FILE]", help="kifmerge.json of a merge: make the same one again."),
+    ] = None,
+    rule: Annotated[RuleName | None, typer.Option(help="How the models are fused.")] = None,
+    base: Annotated[
+        Path | None, typer.Option(metavar="REF", help="Where task vectors start.")
+    ] = None,
+    new: Annotated[
+        Path | None, typer.Option(metavar="REF", help="Trained on the new task.")
+    ] = None,
+    historical: Annotated[
+        Path | None, typer.Option(metavar="REF", help="Trained on memory of the earlier tasks.")
+    ] = None,
+    model: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="REF", help="Instead of new and historical: any number, repeated."),
+    ] = None,
+    weight: Annotated[
+        list[float] | None, typer.Option(help="One per --model, in their order; all alike if none.")
+    ] = None,
+    new_importance: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Importance snapshot of the new task.")
+    ] = None,
+    historical_importance: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Importance snapshot of the earlier tasks.")
+    ] = None,
+    importance: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="DIR", help="Importance snapshot, one per --model in their order."),
+    ] = None,
+    new_mask: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Mask of the new task: see prune.")
+    ] = None,
+    historical_mask: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Mask of the earlier tasks.")
+    ] = None,
+    mask: Annotated[
+        list[Path] | None, typer.Option(metavar="DIR", help="Mask, one per --model.")
+    ] = None,
+    new_units: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Skill units of the new task: see group.")
+    ] = None,
+    historical_units: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Units of the earlier tasks: cumulative scores count."),
+    ] = None,
+    units: Annotated[
+        list[Path] | None, typer.Option(metavar="DIR", help="Skill units, one per --model.")
+    ] = None,
+    important_fraction: FractionOption = None,
+    scope: ScopeOption = None,
+    redundant: Annotated[
+        Literal["average", "drop"] | None,
+        typer.Option(help="What no model finds important: averaged, the default, or left out."),
+    ] = None,
+    shared_weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NEW,HISTORICAL",
+            help="Weights where both sides are important: 0.4,0.6, or 0.3,0.7 under kif.",
+        ),
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Of the adaptive rules; 0.25 if not given.")
+    ] = None,
+    unit: Annotated[
+        Literal["tensor", "lora-rank", "layer"] | None,
+        typer.Option(help="Skill units of the kif rules, where they are given snapshots."),
+    ] = None,
+    scale: Annotated[
+        float | None, typer.Option(help="Of the sum of task vectors; 1 if not given.")
+    ] = None,
+    density: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Share of a task vector that ties keeps; 0.2."),
+    ] = None,
+    normalise: Annotated[
+        bool | None, typer.Option(help="Divide by the sum of the weights: linear does.")
+    ] = None,
+    historical_parent: Annotated[
+        Literal["new", "base"] | None,
+        typer.Option(
+            help="Where the historical task vector starts; at new if replay made it from there."
+        ),
+    ] = None,
+    unscored: Annotated[
+        Literal["base", "new", "average"] | None,
+        typer.Option(help="What becomes of tensors without scores where the inputs differ."),
+    ] = None,
+    space: Annotated[
+        Literal["factor"] | None,
+        typer.Option(help="Insist on fusing the LoRA factors of independent adapters."),
+    ] = None,
+    allow: AllowOption = None,
+    nonfinite: NonfiniteOption = "refuse",
+    config_from: Annotated[
+        Path | None,
+        typer.Option(metavar="REF", help="Whose configuration and tokenizer to copy; the base's."),
+    ] = None,
+    shard_size: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Of the output's files, such as 5GB; like the base's."),
+    ] = None,
+    dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"] | None,
+        typer.Option(help="Of the output's weights; the base's if not given."),
+    ] = None,
+    workers: WorkersOption = None,
+    dry_run: DryRunOption = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted merge into the same OUT.")
+    ] = False,
+    overwrite: ReplaceOption = False,
+    json_output: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Fuse checkpoints: new with historical knowledge, or any number, by what matters to each."""
+    from kifmerge.phases.inputs import MergeInputs
+    from kifmerge.phases.merge import Merge, MergeOptions
+    from kifmerge.phases.rebuild import recorded_merge
+
+    expected = None
+    told: dict[str, Any] = {
+        "important_fraction": important_fraction,
+        "scope": scope,
+        "redundant": redundant,
+        "shared_weights": shared_weights,
+        "temperature": temperature,
+        "unit": unit,
+        "scale": scale,
+        "density": density,
+        "normalise": normalise,
+        "weights": tuple(weight) if weight else None,
+    }
+    with as_usage():
+        if file is not None:
+            _refuse_beside_file(rule, base, new, historical, model, given(told))
+            recorded = recorded_merge(file)
+            inputs, options, further = recorded.inputs, recorded.rule, recorded.options
+            expected = recorded.content
+        else:
+            models = _models(new, historical, model)
+            inputs = MergeInputs(
+                base=base,
+                models=models,
+                importance=_by_role(
+                    "importance", models, new_importance, historical_importance, importance
+                ),
+                masks=_by_role("mask", models, new_mask, historical_mask, mask),
+                units=_by_role("units", models, new_units, historical_units, units),
+                config_from=config_from,
+            )
+            options = _rule_options(rule, given(told), inputs)
+            further = MergeOptions(
+                historical_parent=historical_parent,
+                unscored=unscored,
+                space=space,
+                allowed=parse_allowed(allow),
+                nonfinite=nonfinite,
+                shard_bytes=None if shard_size is None else parse_bytes(shard_size),
+                dtype=dtype,
+            )
+        inputs.check(options)
+    merging = Merge(inputs, options, further, num_workers=workers)
+    plan = merging.plan()
+    if dry_run:
+        print_mapping(dataclasses.asdict(plan), json_output=json_output)
+        return
+    with reporting("fusing", plan.num_parameters, quiet=quiet) as on_progress:
+        figures, is_new = merging.run(
+            out, overwrite=overwrite, resume=resume, expected=expected, on_progress=on_progress
+        )
+    print_result(out, figures, is_new=is_new, json_output=json_output, quiet=quiet)
+
+
+def _refuse_beside_file(*others: Any) -> None:
+    """Refuse options beside a file that says all.
+
+    Raises:
+        ValueError: there are some.
+    """
+    if any(others):
+        raise ValueError("the file says which rule and which models: leave out those options")
+
+
+def _models(
+    new: Path | None, historical: Path | None, models: Sequence[Path] | None
+) -> dict[str, Path]:
+    """Role -> model.
+
+    Raises:
+        ValueError: neither form, or both.
+    """
+    if models and (new or historical):
+        raise ValueError("--model goes alone: without --new and --historical")
+    if models:
+        return {f"model_{number}": path for number, path in enumerate(models, 1)}
+    if new is None or historical is None:
+        raise ValueError("give --new and --historical, or --model once for each model")
+    return {"new": new, "historical": historical}
+
+
+def _by_role(
+    kind: str,
+    models: dict[str, Path],
+    new: Path | None,
+    historical: Path | None,
+    each: Sequence[Path] | None,
+) -> dict[str, Path]:
+    """Role -> what is known of its importance.
+
+    Raises:
+        ValueError: of the other form, or not one for each model.
+    """
+    is_two_sided = "new" in models
+    if is_two_sided and each:
+        raise ValueError(f"--{kind} goes with --model: give --new-{kind} and --historical-{kind}")
+    if not is_two_sided and (new or historical):
+        raise ValueError(f"--new-{kind} and --historical-{kind} go with --new and --historical")
+    if is_two_sided:
+        return given({"new": new, "historical": historical})
+    if each and len(each) != len(models):
+        raise ValueError(f"give --{kind} once for each of {len(models)} models, or not at all")
+    return dict(zip(models, each or (), strict=False))
+
+
+def _rule_options(
+    rule: RuleName | None, chosen: dict[str, Any], inputs: MergeInputs
+) -> FusionOptions:
+    """The rule with its options; what it would not look at is a mistake.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    from kifmerge.phases.rules import RULES, FusionOptions
+
+    if rule is None:
+        raise ValueError("give --rule, or the kifmerge.json of a merge to make again")
+    name = "average" if rule == "recurrent-average" else rule
+    for option in chosen:
+        flag = "--weight" if option == "weights" else f"--{option.replace('_', '-')}"
+        if option not in RULES[name].options:
+            raise ValueError(f"{flag} means nothing to {rule}")
+        if inputs.masks and option in ("important_fraction", "scope"):
+            raise ValueError(f"{flag} means nothing beside masks, which are made already")
+        if option == "shared_weights" and not inputs.is_two_sided:
+            raise ValueError(f"{flag} goes with --new and --historical: give --weight")
+        if option == "weights" and inputs.is_two_sided and not _is_baseline(name):
+            raise ValueError(f"{flag} goes with --model: give --shared-weights")
+        if option == "unit" and not inputs.importance:
+            raise ValueError(f"{flag} goes with importance snapshots")
+    if "shared_weights" in chosen:
+        chosen = {**chosen, "shared_weights": _two_numbers(chosen["shared_weights"])}
+    if "weights" not in chosen and name == "recurrent-kif" and not inputs.is_two_sided:
+        chosen = {**chosen, "weights": (1.0,) * len(inputs.models)}
+    return FusionOptions(rule=name, **chosen)
+
+
+def _is_baseline(rule: str) -> bool:
+    return rule in ("linear", "task-arithmetic", "ties")
+
+
+def _two_numbers(text: str) -> tuple[float, float]:
+    try:
+        new, historical = (float(number) for number in text.split(","))
+    except ValueError:
+        raise ValueError(
+            f"--shared-weights: expected two numbers such as 0.4,0.6, found {text}"
+        ) from None
+    return new, historical

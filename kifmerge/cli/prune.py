@@ -1,0 +1,75 @@
+"""The prune command: mark what is important."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from kifmerge.cli.options import (
+    AllowOption,
+    DryRunOption,
+    FractionOption,
+    JsonOption,
+    NonfiniteOption,
+    QuietOption,
+    ReplaceOption,
+    ScopeOption,
+    WorkersOption,
+    given,
+    parse_allowed,
+)
+from kifmerge.cli.output import print_mapping
+from kifmerge.cli.reporting import as_usage, print_result, reporting
+
+
+def prune(
+    out: Annotated[Path, typer.Option(help="Folder of the mask to make.")],
+    importance: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Importance snapshot.")
+    ] = None,
+    units: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Skill units instead: see group.")
+    ] = None,
+    important_fraction: FractionOption = None,
+    scope: ScopeOption = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(metavar="REF", help="Prune this checkpoint too, into OUT/checkpoint."),
+    ] = None,
+    base: Annotated[
+        Path | None,
+        typer.Option(metavar="REF", help="What its unimportant parameters go back to."),
+    ] = None,
+    unscored: Annotated[
+        Literal["base", "model"] | None,
+        typer.Option(help="Whose tensors without scores to take where base and model differ."),
+    ] = None,
+    allow: AllowOption = None,
+    nonfinite: NonfiniteOption = "refuse",
+    workers: WorkersOption = None,
+    dry_run: DryRunOption = False,
+    overwrite: ReplaceOption = False,
+    json_output: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Mark the important parameters of a model: a mask, and the model with only those changed."""
+    from kifmerge.phases.prune import Prune, PruneInputs, PruneOptions
+
+    with as_usage():
+        if (model is None) != (base is None):
+            raise ValueError("--model and --base go together")
+        if model is None and unscored is not None:
+            raise ValueError("--unscored goes with --model")
+        chosen = {"important_fraction": important_fraction, "scope": scope, "unscored": unscored}
+        options = PruneOptions(allowed=parse_allowed(allow), nonfinite=nonfinite, **given(chosen))
+        inputs = PruneInputs(importance=importance, units=units, model=model, base=base)
+        pruning = Prune(inputs, options, num_workers=workers)
+    plan = pruning.plan()
+    if dry_run:
+        print_mapping(plan, json_output=json_output)
+        return
+    with reporting("marking", plan["num_parameters"], quiet=quiet) as on_progress:
+        figures, is_new = pruning.run(out, overwrite=overwrite, on_progress=on_progress)
+    print_result(out, figures, is_new=is_new, json_output=json_output, quiet=quiet)

@@ -1,0 +1,61 @@
+"""What commands that work on files tell on stderr, and how they end."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from kifmerge.cli.output import print_mapping
+
+
+@contextlib.contextmanager
+def as_usage() -> Iterator[None]:
+    """Options that do not fit together are a mistake of usage."""
+    try:
+        yield
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+@contextlib.contextmanager
+def reporting(phase: str, total: int, *, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """Show progress on a terminal, and warnings as plain lines, both on stderr.
+
+    Args:
+        phase: what is being done.
+        total: parameters to go through.
+        quiet: show no progress.
+    """
+    done, shown = 0, -1
+    on_terminal = sys.stderr.isatty() and not quiet
+
+    def on_progress(num_parameters: int) -> None:
+        nonlocal done, shown
+        done += num_parameters
+        percent = 100 * done // max(total, 1)
+        if on_terminal and percent > shown:
+            shown = percent
+            typer.echo(f"\r{phase} {percent:3d} %", err=True, nl=False)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield on_progress
+    if on_terminal and shown >= 0:
+        typer.echo(err=True)
+    for warning in caught:
+        typer.echo(f"kifmerge: warning: {warning.message}", err=True)
+
+
+def print_result(
+    out: Path, figures: dict[str, Any], *, is_new: bool, json_output: bool, quiet: bool
+) -> None:
+    """Print what was made, on stdout; that it was made before, on stderr."""
+    if not is_new and not quiet:
+        typer.echo(f"{out} is already made: nothing to do", err=True)
+    print_mapping({"out": str(out), **figures}, json_output=json_output)

@@ -1,0 +1,134 @@
+"""The files of a merged checkpoint, one after the other; each is noted when it is on the disk."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from kifmerge.checkpoint.journal import Journal, refuse_full_disk
+from kifmerge.checkpoint.sink import FileRecord, FolderSink, Layout
+from kifmerge.checkpoint.workers import Workers
+from kifmerge.phases.fuse import OnProgress, Overlap, fuse
+from kifmerge.phases.inputs import OpenInputs
+from kifmerge.phases.rules import FusionOptions
+from kifmerge.phases.unscored import Unscored, UnscoredTensors
+
+
+def fuse_files(
+    inputs: OpenInputs,
+    layout: Layout,
+    rule: FusionOptions,
+    journal: Journal,
+    workers: Workers,
+    *,
+    unscored: Unscored | None,
+    most_bytes: int,
+    on_progress: OnProgress,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Make all files that the journal does not hold yet, and the index.
+
+    Args:
+        inputs: what is read.
+        layout: of the output.
+        rule: with its options.
+        journal: where the files go.
+        workers: share the work.
+        unscored: what becomes of tensors without scores that differ.
+        most_bytes: of a piece.
+        on_progress: told the number of parameters fused after each piece.
+
+    Returns:
+        What was found, and size and SHA-256 of each file by name.
+
+    Raises:
+        CheckpointError: NaN or infinity, or tensors without scores that differ.
+        TryAgainError: the disk has no room.
+    """
+    left = {name: infos for name, infos in layout.items() if name not in journal.finished}
+    refuse_full_disk(
+        journal.directory, sum(info.nbytes for infos in left.values() for _, info in infos)
+    )
+    finished = _take_over(journal, inputs)
+    scored = inputs.scored_names()
+    is_scored = frozenset(scored)
+    others = [name for name in inputs.like.source.names() if name not in is_scored]
+    copies = UnscoredTensors(others, inputs.weights, unscored, workers)
+    evidence = inputs.evidence(scored, workers)
+    sink = FolderSink(journal.directory, inputs.like.source.stem, layout, finished=finished)
+
+    def fuse_file(names: Sequence[str]) -> Overlap:
+        overlap = Overlap()
+        # In the order of the file, which is hashed while it is written.
+        for is_judged, run in itertools.groupby(names, key=is_scored.__contains__):
+            if not is_judged:
+                copies.copy(run, sink)
+                continue
+            found = fuse(
+                run, inputs.weights, evidence, rule, sink,
+                workers=workers, most_bytes=most_bytes, on_progress=on_progress,
+            )  # fmt: skip
+            overlap.add(found)
+        return overlap
+
+    # Waiting for the disk costs no processor: the next file is begun meanwhile.
+    with ThreadPoolExecutor(1, "kifmerge-disk") as disk:
+        noted: list[Future[None]] = []
+        for file_name, infos in left.items():
+            names = [name for name, _ in infos]
+            overlap = fuse_file(names)
+            noted.append(disk.submit(_finish, file_name, names, overlap, inputs, sink, journal))
+            for done in filter(Future.done, noted):
+                done.result()
+        for pending in noted:
+            pending.result()
+    sink.commit()
+    total = sum((_recorded_overlap(record) for record in journal.finished.values()), Overlap())
+    figures = {
+        "num_tensors": len(scored) + len(others),
+        "num_parameters": sum(inputs.like.source.info(name).numel for name in scored),
+        "num_copied_tensors": len(others) - len(copies.differing),
+        "num_unscored_tensors": len(copies.differing),
+        **{f"{role}_threshold": value for role, value in evidence.thresholds.items()},
+        **total.shares(list(inputs.inputs.models)),
+    }
+    records = {
+        name: {"sha256": record.sha256, "bytes": record.num_bytes}
+        for name, record in sorted(sink.records.items())
+    }
+    return figures, records
+
+
+def _take_over(journal: Journal, inputs: OpenInputs) -> list[FileRecord]:
+    """The files that an interrupted merge has finished, and what it knew of their inputs."""
+    for record in journal.finished.values():
+        for role, digests in record["digests"].items():
+            inputs.sources[role].digests.know(digests)
+    return [
+        FileRecord(name, record["num_bytes"], record["sha256"])
+        for name, record in journal.finished.items()
+    ]
+
+
+def _finish(
+    file_name: str,
+    names: Sequence[str],
+    overlap: Overlap,
+    inputs: OpenInputs,
+    sink: FolderSink,
+    journal: Journal,
+) -> None:
+    """Bring a file to the disk, and note it with all that need not be read again for it."""
+    digests = {role: source.digests.finished(names) for role, source in inputs.sources.items()}
+    journal.note(
+        {
+            **sink.finish(file_name).as_dict(),
+            "overlap": {"counts": overlap.counts, "num_marked": overlap.num_marked},
+            "digests": digests,
+        }
+    )
+
+
+def _recorded_overlap(record: dict[str, Any]) -> Overlap:
+    return Overlap(record["overlap"]["counts"], record["overlap"]["num_marked"])

@@ -1,0 +1,282 @@
+"""What a merge reads: a base, models, and what is known of their importance, opened and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from kifmerge.checkpoint.mask import MaskSource
+from kifmerge.checkpoint.scores import Scores, open_scores
+from kifmerge.checkpoint.source import FolderSource, Source
+from kifmerge.checkpoint.units import Units, UnitSource, read_units
+from kifmerge.checkpoint.workers import Workers
+from kifmerge.phases.agreement import (
+    Checkpoint,
+    is_replayed,
+    open_checkpoint,
+    refuse_independent,
+    refuse_other_base,
+    refuse_other_evidence,
+)
+from kifmerge.phases.checked import FiniteSource, ZeroSource
+from kifmerge.phases.evidence import (
+    NOTHING,
+    Evidence,
+    evidence_from_masks,
+    evidence_from_scores,
+    evidence_from_units,
+    evidence_from_vectors,
+)
+from kifmerge.phases.fuse import ROLES
+from kifmerge.phases.meaning import Difference, check_meaning
+from kifmerge.phases.rules import RULES, FusionOptions, Needs
+from kifmerge.phases.weights import Nonfinite, Weights
+
+# Where the historical task vector starts: at the new task's weights when the historical training
+# went on from there, as in the recurrent loop, or at the base.
+HistoricalParent = Literal["new", "base"]
+
+_TAKES: Mapping[Needs, tuple[str, tuple[str, ...]]] = {
+    "nothing": ("no importance", ()),
+    "largest": ("no importance", ()),
+    "masks": ("importance snapshots of all models, masks of all, or units of all",
+              ("importance", "masks", "units")),
+    "scores": ("importance snapshots of all models, or units of all", ("importance", "units")),
+    "unit-masks": ("units of both sides, or importance snapshots or masks of both",
+                   ("units", "importance", "masks")),
+    "unit-scores": ("units of both sides, or importance snapshots of both",
+                    ("units", "importance")),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeInputs:
+    """Folders that a merge reads.
+
+    Attributes:
+        base: where task vectors start; None for rules that work on weights alone.
+        models: role -> folder: ``new`` and ``historical``, or ``model_1``, ``model_2``...
+        importance: role -> importance snapshot.
+        masks: role -> mask, instead.
+        units: role -> skill units, instead.
+        config_from: whose configuration and tokenizer the output gets; None: the base's.
+    """
+
+    base: Path | None
+    models: Mapping[str, Path]
+    importance: Mapping[str, Path] = field(default_factory=dict)
+    masks: Mapping[str, Path] = field(default_factory=dict)
+    units: Mapping[str, Path] = field(default_factory=dict)
+    config_from: Path | None = None
+
+    @property
+    def parents(self) -> dict[str, Path]:
+        """All of them, under the names that are recorded."""
+        return {
+            **({} if self.base is None else {"base": self.base}),
+            **self.models,
+            **{f"{role}_importance": path for role, path in self.importance.items()},
+            **{f"{role}_mask": path for role, path in self.masks.items()},
+            **{f"{role}_units": path for role, path in self.units.items()},
+            **({} if self.config_from is None else {"config_from": self.config_from}),
+        }
+
+    @property
+    def is_two_sided(self) -> bool:
+        """Whether these are the new and the historical side of one training."""
+        return tuple(self.models) == ROLES
+
+    def check(self, options: FusionOptions) -> None:
+        """Refuse inputs that a rule does not take, or the lack of what it needs.
+
+        Raises:
+            ValueError: naming what it takes.
+        """
+        rule = RULES[options.rule]
+        if rule.two_sided and not self.is_two_sided:
+            raise ValueError(f"{options.rule} takes one new and one historical model")
+        if rule.needs_base and self.base is None:
+            raise ValueError(f"{options.rule} works on task vectors: it takes a base")
+        if options.weights is not None and len(options.weights) != len(self.models):
+            raise ValueError(
+                f"expected one weight for each of {len(self.models)} models, "
+                f"found {len(options.weights)}"
+            )
+        expected, kinds = _TAKES[rule.needs]
+        given = {
+            kind: set(getattr(self, kind))
+            for kind in ("importance", "masks", "units")
+            if getattr(self, kind)
+        }
+        complete = [kind for kind in kinds if given.get(kind) == set(self.models)]
+        if (kinds and len(complete) != 1) or len(given) != len(complete):
+            named = [r.replace("_", " ") for r in self.parents if r.endswith(EVIDENCE_ENDS)]
+            raise ValueError(f"{options.rule} takes {expected}, found {', '.join(named) or 'none'}")
+
+
+EVIDENCE_ENDS = ("_importance", "_mask", "_units")
+
+
+class OpenInputs:
+    """Inputs that have been opened, from headers and JSON alone, and found to belong together.
+
+    Args:
+        inputs: the folders.
+        rule: the rule and its options.
+        historical_parent: where the historical task vector starts; None finds out.
+        space: ``factor`` insists on fusing the factors of independent adapters.
+        allowed: differences of meaning that are meant.
+        nonfinite: whether NaN and infinity are errors.
+
+    Attributes:
+        inputs: the folders.
+        like: the checkpoint whose files, and unless told otherwise whose configuration, the output
+            is like: the base, or the first model where there is none of its kind.
+        weights: base and models, to be read.
+        historical_parent: of the two-sided form, what was found; else None.
+
+    Raises:
+        ValueError: inputs that the rule does not take, or not what it needs.
+        CheckpointError: an input that cannot be used, or that does not belong to the others.
+    """
+
+    def __init__(
+        self,
+        inputs: MergeInputs,
+        rule: FusionOptions,
+        *,
+        historical_parent: HistoricalParent | None,
+        space: Literal["factor"] | None,
+        allowed: Collection[Difference],
+        nonfinite: Nonfinite,
+    ) -> None:
+        inputs.check(rule)
+        self.inputs = inputs
+        self._rule = rule
+        self._base = None if inputs.base is None else open_checkpoint("base", inputs.base)
+        self._models = {role: open_checkpoint(role, path) for role, path in inputs.models.items()}
+        first = next(iter(self._models.values()))
+        # Adapters on a whole model, which has no factors of its own, start at zero.
+        starts_at_zero = first.is_adapter and self._base is not None and not self._base.is_adapter
+        self.like = first if self._base is None or starts_at_zero else self._base
+        self._check_models(starts_at_zero, space, allowed)
+        self._scores: dict[str, Scores] = {r: open_scores(p) for r, p in inputs.importance.items()}
+        self._masks: dict[str, MaskSource] = {r: MaskSource(p) for r, p in inputs.masks.items()}
+        self._units: dict[str, Units] = {r: read_units(p) for r, p in inputs.units.items()}
+        self._check_evidence()
+        self.historical_parent = self._find_parent(historical_parent)
+        base: Source | None = None if self._base is None else self._base.source
+        self.weights = Weights(
+            base=ZeroSource(first.source) if starts_at_zero else base,
+            models=[model.source for model in self._models.values()],
+            parents=[None, 0] if self.historical_parent == "new" else [],
+            nonfinite=nonfinite,
+        )
+
+    def _check_models(
+        self,
+        starts_at_zero: bool,
+        space: Literal["factor"] | None,
+        allowed: Collection[Difference],
+    ) -> None:
+        models = list(self._models.values())
+        if all(model.is_adapter for model in models) and space is None and len(models) > 1:
+            refuse_independent(self._base, models)
+        compared = models
+        if self._base is not None and starts_at_zero:
+            for adapter in models:
+                refuse_other_base(self._base, adapter)
+        elif self._base is not None:
+            compared = [self._base, *models]
+        if len(compared) > 1:
+            check_meaning(compared, allowed)
+
+    def _check_evidence(self) -> None:
+        given = self.evidence_sources
+        if given:
+            refuse_other_evidence(self.like.source, given)
+
+    @property
+    def evidence_sources(self) -> dict[str, tuple[Path, Source]]:
+        """Role -> folder and source of what is known of importance."""
+        like = self.like.source
+        inputs = self.inputs
+        return {
+            **{role: (inputs.importance[role], scores) for role, scores in self._scores.items()},
+            **{role: (inputs.masks[role], mask) for role, mask in self._masks.items()},
+            **{
+                role: (inputs.units[role], UnitSource(u, like, [True] * len(u.units), role))
+                for role, u in self._units.items()
+            },
+        }
+
+    @property
+    def evidence_bytes(self) -> int:
+        """What reading all scores or masks once reads."""
+        scores, masks = self._scores.values(), self._masks.values()
+        return sum(s.num_bytes for s in scores) + sum(m.num_bytes for m in masks)
+
+    def _find_parent(self, told: HistoricalParent | None) -> HistoricalParent | None:
+        if not self.inputs.is_two_sided:
+            return None
+        if told is not None:
+            return told
+        new, historical = self._models.values()
+        return "new" if is_replayed(historical, new) else "base"
+
+    @property
+    def sources(self) -> dict[str, FolderSource]:
+        """Role -> weights of every model that is read."""
+        checkpoints: dict[str, Checkpoint] = dict(self._models)
+        if self._base is not None and self.weights.base is self._base.source:
+            checkpoints["base"] = self._base
+        return {role: checkpoint.source for role, checkpoint in checkpoints.items()}
+
+    def scored_names(self) -> list[str]:
+        """Names of the tensors that the rule judges, in the order of the output's files."""
+        source = self.like.source
+        given = self.evidence_sources
+        if given:
+            judged = set(next(iter(given.values()))[1].names())
+            return [name for name in source.names() if name in judged]
+        return [name for name in source.names() if source.info(name).dtype.is_floating_point]
+
+    def evidence(self, names: Sequence[str], workers: Workers) -> Evidence:
+        """What the rule is shown of each model; reads the scores, or the weights, for thresholds.
+
+        Raises:
+            CheckpointError: NaN or infinity among them.
+        """
+        roles = list(self._models)
+        if self._masks:
+            return evidence_from_masks({role: self._masks[role] for role in roles})
+        if self._units:
+            units = {role: self._units[role] for role in roles}
+            return evidence_from_units(units, self.like.source, self._rule)
+        if self._scores:
+            scores = {role: FiniteSource(self._scores[role]) for role in roles}
+            return evidence_from_scores(scores, self._rule, workers)
+        if self._rule.needs == "largest":
+            return evidence_from_vectors(self.weights, names, self._rule, workers)
+        return NOTHING
+
+    def digests(self) -> dict[str, str | None]:
+        """Role -> digest of every input, as provenance records it; reads what was not read yet."""
+        known: dict[str, Source] = {**self.sources}
+        known |= {f"{role}_importance": scores for role, scores in self._scores.items()}
+        known |= {f"{role}_mask": mask for role, mask in self._masks.items()}
+        return {role: source.fingerprint() for role, source in known.items()}
+
+    def states(self) -> dict[str, Any]:
+        """Role -> reference, and names, sizes and times of its files: what a resumed work needs."""
+        return {
+            role: {"reference": str(path), "files": _file_states(path)}
+            for role, path in self.inputs.parents.items()
+        }
+
+
+def _file_states(directory: Path) -> list[list[Any]]:
+    files = sorted(path for path in directory.iterdir() if path.is_file())
+    return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]

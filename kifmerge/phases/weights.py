@@ -1,0 +1,116 @@
+"""The weights of several models of one shape, and the task vectors between them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kifmerge.checkpoint.header import TensorInfo
+from kifmerge.checkpoint.pieces import Piece, Range, read_piece
+from kifmerge.checkpoint.source import Source
+from kifmerge.errors import CheckpointError
+
+Nonfinite = Literal["refuse", "keep"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """Several models of one shape, read piece by piece.
+
+    Attributes:
+        base: where task vectors start; None for rules that work on weights alone.
+        models: in their order: new and historical, or any number.
+        parents: for each model, which other one its task vector starts at (an index); None: the
+            base. Empty stands for None throughout.
+        nonfinite: NaN or infinity is an error naming tensor and file (``refuse``), or is handed on.
+    """
+
+    base: Source | None
+    models: Sequence[Source]
+    parents: Sequence[int | None] = field(default=())
+    nonfinite: Nonfinite = "refuse"
+
+    @property
+    def sources(self) -> list[Source]:
+        """All of them, the base first."""
+        return [*([] if self.base is None else [self.base]), *self.models]
+
+    def read(self, source: Source, piece: Piece) -> Tensor:
+        """The elements of a piece as float32, not to be written to.
+
+        Raises:
+            CheckpointError: NaN or infinity.
+        """
+        values = read_piece(source.read, piece).float()
+        if self.nonfinite == "refuse" and not _all_finite(values):
+            raise _nonfinite_error(source, piece, values)
+        return values
+
+    def vectors(self, base: Tensor, models: Sequence[Tensor]) -> list[Tensor]:
+        """Task vectors of the models in one piece."""
+        parents = self.parents or (None,) * len(models)
+        return [
+            values - (base if parent is None else models[parent])
+            for values, parent in zip(models, parents, strict=True)
+        ]
+
+
+class VectorSizes:
+    """Absolute values of one model's task vector, as a source.
+
+    Args:
+        weights: with a base.
+        index: of the model.
+    """
+
+    def __init__(self, weights: Weights, index: int) -> None:
+        assert weights.base is not None
+        self._weights = weights
+        self._model = weights.models[index]
+        parent = weights.parents[index] if weights.parents else None
+        self._parent = weights.base if parent is None else weights.models[parent]
+
+    def names(self) -> Sequence[str]:
+        """Of the model."""
+        return self._model.names()
+
+    def info(self, name: str) -> TensorInfo:
+        """Of the model, in float32."""
+        info = self._model.info(name)
+        return TensorInfo(torch.float32, info.shape, info.device)
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Of these elements."""
+        piece = [Range(name, start, stop)]
+        model, parent = (self._weights.read(s, piece) for s in (self._model, self._parent))
+        return (model - parent).abs_()
+
+    def where(self, name: str) -> str:
+        """The model's file."""
+        return self._model.where(name)
+
+    def fingerprint(self) -> str:
+        """Of both ends."""
+        return f"{self._model.fingerprint()} - {self._parent.fingerprint()}"
+
+
+def _all_finite(values: Tensor) -> bool:
+    # A sum is finite only if every term is; one that is not may also have overflowed.
+    return bool(values.sum().isfinite()) or bool(values.isfinite().all())
+
+
+def _nonfinite_error(source: Source, piece: Piece, values: Tensor) -> CheckpointError:
+    first = int(values.isfinite().logical_not().nonzero()[0])
+    value, before = float(values[first]), 0
+    for part in piece:
+        if first < before + part.stop - part.start:
+            break
+        before += part.stop - part.start
+    return CheckpointError(
+        f"{source.where(part.name)}: {part.name}: element {part.start + first - before} is "
+        f"{value}: a merge would carry it on. Mend the checkpoint, or --nonfinite keep"
+    )
