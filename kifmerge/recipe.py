@@ -16,9 +16,10 @@ import pydantic
 import yaml
 
 from kifmerge.errors import RecipeError, check_at_least, problem_list
+from kifmerge.phases.methods import MethodName
 from kifmerge.phases.model import ModelOptions
-from kifmerge.phases.presets import PRESETS, RecurrentOptions
-from kifmerge.phases.sequence import MethodName, SequenceOptions
+from kifmerge.phases.presets import PRESETS, KifOptions, RecurrentOptions
+from kifmerge.phases.stage import SequenceOptions
 from kifmerge.phases.tasks import TaskOptions
 from kifmerge.phases.train import TrainingOptions
 
@@ -55,6 +56,7 @@ class Recipe:
         seeds: of initialisation, row order and memory.
         training: optimization of each task.
         recurrent: the recurrent loop; in YAML a ``preset`` may be named, and options override it.
+        kif: KIF, its adaptive variant, and KIF-M.
         memory: what is kept of finished tasks.
         evaluation: how predictions are made.
         data_dir: folder that local sources are relative to; the recipe's own if left out.
@@ -67,6 +69,7 @@ class Recipe:
     seeds: list[int] = field(default_factory=lambda: [0])
     training: TrainingOptions = field(default_factory=TrainingOptions)
     recurrent: RecurrentOptions = PRESETS[DEFAULT_PRESET]
+    kif: KifOptions = field(default_factory=KifOptions)
     memory: MemoryOptions = field(default_factory=MemoryOptions)
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
     data_dir: str | None = None
@@ -78,6 +81,7 @@ class Recipe:
             tasks=self.tasks,
             training=self.training,
             recurrent=self.recurrent,
+            kif=self.kif,
             memory_fraction=self.memory.fraction,
             evaluation_batch_size=self.evaluation.batch_size,
         )
@@ -276,12 +280,21 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
             yield f"tasks: {name!r} cannot name a folder"
     if (recipe.model.reference is None) == (recipe.model.config is None):
         yield "model: expected either reference (a base to load) or config (one from scratch)"
+    if recipe.model.lora is None:
+        yield from _without_lora(recipe.kif)
     if not 0.0 <= recipe.memory.fraction <= 1.0:
         yield f"memory.fraction: expected 0 to 1, found {recipe.memory.fraction}"
     for option in ("methods", "seeds"):
         values = getattr(recipe, option)
         if not values or len(set(values)) < len(values):
             yield f"{option}: expected at least one, each once"
+
+
+def _without_lora(kif: KifOptions) -> Iterator[str]:
+    if kif.unit == "lora-rank":
+        yield "kif.unit: lora-rank needs an adapter: expected model.lora, or unit tensor or layer"
+    elif kif.orthogonality_weight:
+        yield "kif.orthogonality: expected model.lora, whose ranks it keeps orthogonal, or 0"
 
 
 def _unknown_keys(

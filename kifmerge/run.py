@@ -25,10 +25,10 @@ from kifmerge.checkpoint.atomic import whole_file, write_json, write_text
 from kifmerge.checkpoint.provenance import read_details
 from kifmerge.errors import RunError, problem_list
 from kifmerge.phases.evaluate import read_predictions, score_predictions
+from kifmerge.phases.methods import METHODS
 from kifmerge.phases.plot import can_draw, draw_report
 from kifmerge.phases.report import Report, as_csv, as_markdown
 from kifmerge.phases.sequence import (
-    METHODS,
     STAGE_FILE,
     at_once_folder,
     method_stages,
@@ -170,7 +170,8 @@ def _trial_stages(run_dir: Path, trial: Trial, tasks: Sequence[Task]) -> list[Pa
     folder = run_dir / trial.folder
     if METHODS[trial.method].at_once:
         return [None] * len(tasks) + [at_once_folder(folder, tasks)]
-    return list(method_stages(run_dir / Trial(START, trial.seed).folder, folder, tasks))
+    start_dir = run_dir / Trial(START, trial.seed).folder
+    return list(method_stages(start_dir, folder, tasks, METHODS[trial.method]))
 
 
 def _matrices(stages: Sequence[Path | None], recipe: Recipe) -> dict[str, list[list[Cell]]]:

@@ -16,8 +16,10 @@ from typing import Any
 
 import torch
 
+from kifmerge.phases.methods import METHODS
 from kifmerge.phases.model import quieten_libraries
-from kifmerge.phases.sequence import METHODS, Moment, SequenceOptions, TaskSequence
+from kifmerge.phases.sequence import TaskSequence
+from kifmerge.phases.stage import Moment, SequenceOptions
 
 START = "start"
 

@@ -20,8 +20,8 @@ from kifmerge.cli import app
 
 COMMAND = Path(sys.executable).with_name("kifmerge")
 COMMANDS = (
-    "demo", "run", "report", "train", "replay", "importance", "memory", "prune", "merge",
-    "evaluate", "inspect",
+    "demo", "run", "report", "train", "replay", "importance", "memory", "group", "prune",
+    "merge", "evaluate", "inspect", "diff", "verify",
 )  # fmt: skip
 HEAVY = ("torch", "transformers", "pydantic", "numpy", "safetensors", "rich.progress", "yaml")
 

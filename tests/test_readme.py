@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import folders
 import pytest
 import typer.testing
 
@@ -56,11 +57,16 @@ def test_run_commands_of_the_readme_name_recipes_that_can_be_used(command, monke
 @pytest.mark.slow
 def test_phases_of_the_readme_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (block,) = [b for b in blocks("bash") if "kifmerge demo --out try" in b]
-    for line in block.splitlines():
-        result = typer.testing.CliRunner().invoke(app, shlex.split(line)[1:])
-        assert result.exit_code == 0, f"{line}\n{result.output}"
-    assert "20.0%" in result.stdout
+    shown = {}
+    for block in [b for b in blocks("bash") if " try/" in b]:
+        for line in block.splitlines():
+            result = typer.testing.CliRunner().invoke(app, shlex.split(line)[1:])
+            assert result.exit_code == 0, f"{line}\n{result.output}"
+            shown[line] = result.stdout
+    assert "20.0%" in shown["kifmerge inspect try/round-1/inner/importance"]
+    assert folders.load(Path("try/ties")).keys() == folders.load(Path("try/merged")).keys()
+    for path in Path("try/merged").iterdir():
+        assert path.read_bytes() == Path("try/merged-again", path.name).read_bytes()
     scores = json.loads((tmp_path / "try/scores.json").read_text())
     assert 0 < scores["mean"]["score"] <= 1
     fused, inner = (Path("try/round-1", n, "model.safetensors") for n in ("fused", "inner"))

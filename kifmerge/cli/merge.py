@@ -294,8 +294,6 @@ def _rule_options(
             raise ValueError(f"{flag} goes with importance snapshots")
     if "shared_weights" in chosen:
         chosen = {**chosen, "shared_weights": _two_numbers(chosen["shared_weights"])}
-    if "weights" not in chosen and name == "recurrent-kif" and not inputs.is_two_sided:
-        chosen = {**chosen, "weights": (1.0,) * len(inputs.models)}
     return FusionOptions(rule=name, **chosen)
 
 

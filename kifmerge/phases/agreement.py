@@ -20,12 +20,6 @@ from kifmerge.checkpoint.source import (
 )
 from kifmerge.errors import CheckpointError, problem_list
 
-# What an adapter's configuration says of its training, or of the software that wrote it.
-_ADAPTER_HISTORY = (
-    "auto_mapping", "inference_mode", "init_lora_weights", "lora_dropout", "peft_version",
-    "task_type",
-)  # fmt: skip
-
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
@@ -76,77 +70,6 @@ def open_checkpoint(role: str, directory: Path) -> Checkpoint:
     return Checkpoint(role, directory, source, read_provenance(directory), config)
 
 
-def refuse_differing(checkpoints: Sequence[Checkpoint]) -> None:
-    """Refuse checkpoints of different models.
-
-    Raises:
-        CheckpointError: a model beside an adapter, other names, shapes or dtypes, other labels, or
-            adapters of other bases or settings.
-    """
-    first, *others = checkpoints
-    problems: list[str] = []
-    for other in others:
-        problems += _kind_problems(first, other)
-        problems += tensor_problems(first.source, other.source, first.role, other.role)
-    if problems:
-        folders = ", ".join(f"{c.role} {c.directory}" for c in checkpoints)
-        raise CheckpointError(problem_list(f"these are different models ({folders})", problems))
-
-
-def tensor_problems(first: Source, other: Source, first_role: str, other_role: str) -> list[str]:
-    """What differs in names, shapes and dtypes."""
-    expected = {name: first.info(name) for name in first.names()}
-    found = {name: other.info(name) for name in other.names()}
-    return [
-        f"{name}: {first_role} {expected.get(name, 'none')}, {other_role} {found.get(name, 'none')}"
-        for name in sorted({*expected, *found})
-        if expected.get(name) != found.get(name)
-    ]
-
-
-def _kind_problems(first: Checkpoint, other: Checkpoint) -> list[str]:
-    if first.is_adapter != other.is_adapter:
-        kinds = {True: "an adapter", False: "a whole model"}
-        return [
-            f"{first.role} is {kinds[first.is_adapter]}, {other.role} {kinds[other.is_adapter]}"
-        ]
-    compared = {
-        **_differing(_settings(first.adapter_config), _settings(other.adapter_config)),
-        **_differing(_meaning(first.provenance), _meaning(other.provenance), both=True),
-    }
-    return [
-        f"{key}: {first.role} {ours!r}, {other.role} {theirs!r}"
-        for key, (ours, theirs) in compared.items()
-    ]
-
-
-def _differing(
-    first: Mapping[str, Any], other: Mapping[str, Any], *, both: bool = False
-) -> dict[str, tuple[Any, Any]]:
-    keys = sorted(first.keys() & other.keys() if both else first.keys() | other.keys())
-    return {k: (first.get(k), other.get(k)) for k in keys if first.get(k) != other.get(k)}
-
-
-def _settings(adapter_config: Mapping[str, Any]) -> dict[str, Any]:
-    """What an adapter's factors mean, in a form that compares: lists of modules have no order."""
-    settings = {
-        key: sorted(value, key=str) if isinstance(value, list) else value
-        for key, value in adapter_config.items()
-        if key not in _ADAPTER_HISTORY and value is not None
-    }
-    base = settings.get("base_model_name_or_path")
-    if isinstance(base, str) and Path(base).is_dir():
-        settings["base_model_name_or_path"] = str(Path(base).resolve())
-    return settings
-
-
-def _meaning(provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """What our own checkpoints say of how their tensors are to be read."""
-    model = provenance.get("model")
-    meaning = {key: model[key] for key in ("kind", "pooling") if key in model} if model else {}
-    return {**meaning, **{key: provenance[key] for key in ("labels",) if key in provenance}}
-
-
 def is_replayed(historical: Checkpoint, new: Checkpoint) -> bool:
     """Whether ``kifmerge replay`` made one checkpoint from the other, as far as is recorded."""
     role = "adapter" if historical.is_adapter else "model"
@@ -158,34 +81,52 @@ def _comes_from(child: Checkpoint, role: str, parent: Checkpoint) -> bool:
     return digest is not None and digest == parent.source.fingerprint()
 
 
-def refuse_independent(base: Checkpoint, new: Checkpoint, historical: Checkpoint) -> None:
+def refuse_independent(base: Checkpoint | None, models: Sequence[Checkpoint]) -> None:
     """Refuse adapters whose factors have no common basis.
 
     A LoRA update is B @ A; any invertible R gives the same update as (B R) @ (R^-1 A). Factors of
     two trainings from different starts differ by such an R, and their element-wise mix is no mix
-    of the updates. They may be fused where one was trained from the other or, declared by giving
-    it as the base, both from one adapter.
+    of the updates. They may be fused where each was trained from another one of them or, declared
+    by giving it as the base, all from one adapter.
+
+    Args:
+        base: an adapter, a whole model, or none.
+        models: adapters, two or more.
 
     Raises:
         CheckpointError: they are independent, as far as is known.
     """
-    if _comes_from(historical, "adapter", new) or _comes_from(new, "adapter", historical):
+    if _is_one_family(models):
         return
     hint = (
-        "factors of independent adapters have no common basis. Give the adapter that both were "
-        "trained from as --base, or insist with --space factor"
+        "factors of independent adapters have no common basis. Give the adapter that "
+        f"{'both' if len(models) == 2 else 'all'} were trained from as --base, or insist with "
+        "--space factor"
     )
-    if not base.is_adapter:
-        raise CheckpointError(
-            f"new {new.directory} and historical {historical.directory} are adapters, "
-            f"base {base.directory} is a whole model: {hint}"
-        )
-    for checkpoint in (new, historical):
-        if checkpoint.command == "train" and "adapter" not in checkpoint.parents:
+    if base is None or not base.is_adapter:
+        adapters = " and ".join(f"{model.role} {model.directory}" for model in models)
+        given = "no base" if base is None else f"base {base.directory} is a whole model"
+        raise CheckpointError(f"{adapters} are adapters, {given}: {hint}")
+    for model in models:
+        if model.command == "train" and "adapter" not in model.parents:
             raise CheckpointError(
-                f"{checkpoint.role} {checkpoint.directory} was trained from a fresh adapter, "
+                f"{model.role} {model.directory} was trained from a fresh adapter, "
                 f"not from base {base.directory}: {hint}"
             )
+
+
+def _is_one_family(models: Sequence[Checkpoint]) -> bool:
+    """Whether training leads from each of the adapters to each other, one way or the other."""
+    family, strangers = [models[0]], list(models[1:])
+    for known in family:  # which grows on the way
+        relatives = [
+            other
+            for other in strangers
+            if _comes_from(other, "adapter", known) or _comes_from(known, "adapter", other)
+        ]
+        family += relatives
+        strangers = [other for other in strangers if other not in relatives]
+    return not strangers
 
 
 def refuse_other_base(base: Checkpoint, adapter: Checkpoint) -> None:

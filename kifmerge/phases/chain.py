@@ -16,11 +16,13 @@ from kifmerge.checkpoint.provenance import (
     is_made,
     made_by,
 )
-from kifmerge.errors import CheckpointError
+from kifmerge.checkpoint.units import DETAIL_FILE as UNITS_FILE
+from kifmerge.checkpoint.units import read_units
+from kifmerge.errors import CheckpointError, TrainingError
 from kifmerge.phases.data import Example
 from kifmerge.phases.model import LoadedModel, ModelOptions
 from kifmerge.phases.opening import open_model
-from kifmerge.phases.presets import RecurrentOptions
+from kifmerge.phases.presets import KifOptions, RecurrentOptions
 from kifmerge.phases.resumable import CHECKPOINT, newest_step
 from kifmerge.phases.state import open_state
 from kifmerge.phases.steps import PhaseOptions, PhaseRecord, kept_record, replay_steps, train_steps
@@ -49,6 +51,9 @@ class ChainStep:
         source: file of the rows.
         state_dir: left by the step before; None begins a task.
         num_steps: optimizer steps to make; None: all that are left of the task.
+        kif: scores the whole task for KIF; None scores a round's steps for the recurrent loop.
+        only_units: folder of skill units; trains only those important to earlier tasks, as the
+            pass of KIF-M over memory does, with the important fraction of ``kif``.
     """
 
     model: ModelOptions
@@ -61,6 +66,8 @@ class ChainStep:
     labels: Sequence[str] = field(default_factory=list)
     state_dir: Path | None = None
     num_steps: int | None = None
+    kif: KifOptions | None = None
+    only_units: Path | None = None
 
     def made_by(self, command: str) -> dict[str, Any]:
         """What is recorded in the folder that the step makes."""
@@ -73,11 +80,14 @@ class ChainStep:
             "labels": list(self.labels),
             "num_steps": self.num_steps,
         }
+        if self.kif is not None:
+            options["kif"] = asdict(self.kif)
         parents = {
             "model": self.model.reference,
             "adapter": self.adapter,
             "data" if command == "train" else "memory": self.source,
             "state": self.state_dir,
+            "units": None if self.only_units is None else self.only_units / UNITS_FILE,
         }
         return made_by(command, options, parents)
 
@@ -124,6 +134,11 @@ def replay_into(
 ) -> tuple[PhaseRecord, bool]:
     """Make outer steps on memory, and ``out_dir`` with what they lead to; see train_into."""
     refuse_process_group()
+    if step.kif is not None:
+        raise TrainingError(
+            f"{step.state_dir} is the state of train --kif: KIF makes no outer steps. Go on with "
+            "group and merge, or for KIF-M with train --only-units"
+        )
     wanted = step.made_by("replay")
     if is_made(out_dir, PROVENANCE_FILE, wanted, overwrite=overwrite):
         return kept_record(out_dir), False
@@ -147,11 +162,12 @@ def replay_into(
 
 
 def kept_sections(state_dir: Path | None) -> dict[str, Any]:
-    """Options that a state was made under: ``training``, ``recurrent`` and ``seed``."""
+    """Options that a state was made under: training, recurrent, seed; kif if it scores for KIF."""
     if state_dir is None:
         return {}
     identity: dict[str, Any] = _kept_state(state_dir)["identity"]
-    return {key: identity[key] for key in ("training", "recurrent", "seed")}
+    kept = {key: identity[key] for key in ("training", "recurrent", "seed")}
+    return kept if identity.get("kif") is None else {**kept, "kif": identity["kif"]}
 
 
 def _kept_state(state_dir: Path) -> dict[str, Any]:
@@ -187,6 +203,8 @@ def _phase_options(
         state_dir=step.state_dir,
         step_dir=step_dir,
         made_by=wanted,
+        kif=step.kif,
+        only_units=None if step.only_units is None else read_units(step.only_units),
     )
 
 

@@ -9,9 +9,10 @@ from typing import Any, Literal
 
 from kifmerge.checkpoint.mask import MaskSource
 from kifmerge.checkpoint.scores import Scores, open_scores
-from kifmerge.checkpoint.source import FolderSource, Source
+from kifmerge.checkpoint.source import ADAPTER_CONFIG, FolderSource, Source
 from kifmerge.checkpoint.units import Units, UnitSource, read_units
 from kifmerge.checkpoint.workers import Workers
+from kifmerge.errors import CheckpointError
 from kifmerge.phases.agreement import (
     Checkpoint,
     is_replayed,
@@ -30,7 +31,7 @@ from kifmerge.phases.evidence import (
     evidence_from_vectors,
 )
 from kifmerge.phases.fuse import ROLES
-from kifmerge.phases.meaning import Difference, check_meaning
+from kifmerge.phases.meaning import Difference, check_config, check_meaning
 from kifmerge.phases.rules import RULES, FusionOptions, Needs
 from kifmerge.phases.weights import Nonfinite, Weights
 
@@ -162,6 +163,7 @@ class OpenInputs:
         starts_at_zero = first.is_adapter and self._base is not None and not self._base.is_adapter
         self.like = first if self._base is None or starts_at_zero else self._base
         self._check_models(starts_at_zero, space, allowed)
+        self._check_config_from()
         self._scores: dict[str, Scores] = {r: open_scores(p) for r, p in inputs.importance.items()}
         self._masks: dict[str, MaskSource] = {r: MaskSource(p) for r, p in inputs.masks.items()}
         self._units: dict[str, Units] = {r: read_units(p) for r, p in inputs.units.items()}
@@ -192,6 +194,14 @@ class OpenInputs:
             compared = [self._base, *models]
         if len(compared) > 1:
             check_meaning(compared, allowed)
+        if self.inputs.config_from is not None:
+            check_config(self.like, self.inputs.config_from, allowed)
+
+    def _check_config_from(self) -> None:
+        directory = self.inputs.config_from
+        name = ADAPTER_CONFIG if self.like.is_adapter else "config.json"
+        if directory is not None and not (directory / name).is_file():
+            raise CheckpointError(f"{directory} holds no {name}, which the output is to get")
 
     def _check_evidence(self) -> None:
         given = self.evidence_sources

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from kifmerge.checkpoint import mask, snapshot
+from kifmerge.checkpoint import mask, snapshot, units
 from kifmerge.checkpoint.provenance import check_format, read_details, read_provenance
 from kifmerge.checkpoint.scores import open_scores
 from kifmerge.checkpoint.source import (
@@ -22,6 +22,7 @@ from kifmerge.checkpoint.source import (
     open_source,
 )
 from kifmerge.errors import CheckpointError
+from kifmerge.phases.group import unit_figures
 from kifmerge.phases.layers import (
     Layer,
     TensorEntry,
@@ -34,12 +35,19 @@ from kifmerge.phases.selection import ScoreStream
 from kifmerge.tensor.selection import CHUNK_NUMEL, importance_threshold, mask_above
 
 Kind = Literal[
-    "checkpoint", "adapter", "importance snapshot", "mask", "trainer state", "run folder"
+    "checkpoint",
+    "adapter",
+    "importance snapshot",
+    "skill units",
+    "mask",
+    "trainer state",
+    "run folder",
 ]
 
 # What tells each kind, in this order: a folder with the first of these is of that kind.
 _KIND_FILES: Mapping[str, Kind] = {
     snapshot.DETAIL_FILE: "importance snapshot",
+    units.DETAIL_FILE: "skill units",
     mask.DETAIL_FILE: "mask",
     "state.json": "trainer state",
     ADAPTER_CONFIG: "adapter",
@@ -59,7 +67,7 @@ class Inspection:
         reference: as it was asked for.
         made_by: the command that made it, with options and parents; None if it is not recorded.
         facts: what else its JSON files say, plain values.
-        tensors: in the order of their names.
+        tensors: in the order of their names; none of skill units.
         layers: likewise.
     """
 
@@ -87,12 +95,17 @@ class Inspection:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it as plain JSON values."""
-        return {
+        """All of it as plain JSON values; skill units hold no tensors, and have no totals."""
+        content = {
             "kind": self.kind,
             "reference": self.reference,
             "made_by": self.made_by,
             "facts": self.facts,
+        }
+        if self.kind == "skill units":
+            return content
+        return {
+            **content,
             "total": self.total.as_dict(),
             "layers": [layer.as_dict() for layer in self.layers],
             "tensors": [{**asdict(t), "shape": list(t.shape)} for t in self.tensors],
@@ -120,13 +133,14 @@ def kind_of(reference: str) -> Kind:
 
 
 def inspect_folder(reference: str, important_fraction: float | str = 0.2) -> Inspection:
-    """Read what a checkpoint, adapter, snapshot, mask or trainer state is and holds.
+    """Read what a checkpoint, adapter, snapshot, mask, trainer state or skill units are and hold.
 
     Headers are read, and of snapshots and masks the tensors too, one at a time.
 
     Args:
         reference: the folder.
-        important_fraction: of a snapshot: the share to be found important over the whole model.
+        important_fraction: of a snapshot or skill units: the share to be found important over the
+            whole model.
 
     Raises:
         CheckpointError: unknown folder, damaged or missing file, newer version.
@@ -134,6 +148,8 @@ def inspect_folder(reference: str, important_fraction: float | str = 0.2) -> Ins
     kind, directory = kind_of(reference), Path(reference)
     if kind == "importance snapshot":
         found = _snapshot(directory, important_fraction)
+    elif kind == "skill units":
+        found = _skill_units(directory, important_fraction)
     elif kind == "run folder":
         raise CheckpointError(f"{reference} is a run folder: kifmerge.run.run_status reads it")
     else:
@@ -218,6 +234,18 @@ def _snapshot(directory: Path, important_fraction: float | str) -> _Found:
     }
     facts = {**_facts(details), "important": important}
     return details.get("made_by"), facts, tensors, [sums[la.name].judged(la) for la in layers]
+
+
+def _skill_units(directory: Path, important_fraction: float | str) -> _Found:
+    found = units.read_units(directory)
+    members = [units.parse_member(text) for unit in found.units for text in unit.members]
+    facts = {
+        **_facts(found.details),
+        "num_members": len(members),
+        "num_tensors": len({member.tensor for member in members}),
+        **unit_figures(found, important_fraction),
+    }
+    return found.details.get("made_by"), facts, [], []
 
 
 def _mask(directory: Path) -> _Found:

@@ -1,15 +1,19 @@
 """Importance of a model that is not being trained: which of its parameters matter for a task.
 
-The gradients of each batch are looked at as they are, without clipping, and no step is made.
+The gradients of each batch are looked at as they are, without clipping, and no step is made. Each
+is taken in and freed while the backward pass goes on, see :mod:`kifmerge.phases.intake`, so that
+memory is that of the model and of one float32 accumulator per parameter (two under ``ema``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from kifmerge.checkpoint.snapshot import write_snapshot
@@ -21,12 +25,15 @@ from kifmerge.errors import (
     TrainingError,
     check_at_least,
     check_choices,
+    problem_list,
 )
 from kifmerge.phases.data import Example, labels_met
-from kifmerge.phases.encode import collator, training_features
-from kifmerge.phases.importance import as_in_checkpoint, require_gradients, trained_parameters
+from kifmerge.phases.encode import Features, collator, training_features
+from kifmerge.phases.importance import trained_parameters
+from kifmerge.phases.intake import GradientIntake, take_in
 from kifmerge.phases.model import LoadedModel, ModelOptions, known_labels
 from kifmerge.phases.opening import open_model
+from kifmerge.phases.saved_names import SavedGroup, SavedTensors, chosen, saved_groups, shards
 from kifmerge.phases.train import TrainingOptions, training_device
 from kifmerge.tensor.importance import (
     ImportanceAccumulator,
@@ -37,6 +44,7 @@ from kifmerge.tensor.importance import (
 )
 
 _ADVICE = "Look at the rows, or take more exact weights: --set model.dtype=float32"
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,14 +56,19 @@ class MeasureOptions:
             sensitivity and uncertainty, as in training.
         sensitivity: see :class:`kifmerge.tensor.importance.ImportanceOptions`.
         batch_size: rows of one batch. It matters: the gradient of a batch is that of its mean loss.
-        nonfinite: a batch with a NaN or infinite gradient is left out whole (``skip``), or an
-            error (``raise``).
+        targets: globs over the names in the checkpoint's files: only parameters that match one are
+            measured, which saves time and memory. Empty: all.
+        nonfinite: a batch whose loss or gradient is NaN or infinite is left out whole (``skip``),
+            or an error (``raise``).
+        dtype: of the snapshot; accumulators are float32 in any case.
     """
 
     average: Literal["mean", "ema"] = "mean"
     sensitivity: Sensitivity = "first"
     batch_size: int = 8
+    targets: Sequence[str] = ()
     nonfinite: Literal["skip", "raise"] = "skip"
+    dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         """Refuse choices that do not exist and empty batches."""
@@ -69,20 +82,23 @@ class Measurement:
 
     Attributes:
         tensors: ``score/NAME``, or ``sensitivity/NAME`` and ``uncertainty/NAME``, NAME as in the
-            checkpoint's files.
+            checkpoint's files. The accumulators themselves where the files keep a parameter as it
+            is; otherwise converted whenever they are asked for.
+        shards: keys of the tensors, by the file that holds the parameter.
         not_in_files: parameters that are in none of them, under their own names: a head that was
             made afresh, or a family whose files transformers translates.
         options: what it was measured by.
-        dtype: of the weights.
+        model_dtype: of the weights.
         num_samples: rows that were taken in.
         num_batches: batches they came in.
-        num_skipped: batches left out because a gradient was not finite.
+        num_skipped: batches left out because a loss or a gradient was not finite.
     """
 
     tensors: Mapping[str, Tensor]
+    shards: Sequence[Sequence[str]]
     not_in_files: Sequence[str]
     options: MeasureOptions
-    dtype: str
+    model_dtype: str
     num_samples: int
     num_batches: int
     num_skipped: int
@@ -119,11 +135,13 @@ def measure_importance(
     files: Source | None = None,
     *,
     on_batch: Callable[[int], None] = lambda num_rows: None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Measurement:
     """Measure the importance of all parameters with ``requires_grad``; the weights do not change.
 
     Batches are made of the rows in their order, the last one may be smaller, and every batch
-    counts alike. Dropout is off.
+    counts alike; a parameter that a batch's loss does not reach counts as zero there. Dropout is
+    off.
 
     Args:
         loaded: the model; left in evaluation mode, without gradients.
@@ -131,55 +149,68 @@ def measure_importance(
         options: see there.
         files: of the checkpoint, whose names are taken; None: those of ``save_pretrained``.
         on_batch: told the number of rows after each batch.
+        say: told what takes longer than expected.
 
     Raises:
         DataError: labels that a classifier does not know.
-        TrainingError: no parameter is trainable or has a gradient, a gradient is not finite under
+        CheckpointError: a target matches no parameter, or a weight is not finite.
+        TrainingError: no parameter is trainable or has a gradient, a batch is not finite under
             ``raise``, or none is under ``skip``.
     """
     _check_labels(loaded, examples)
     model = loaded.model.eval()
-    rows, collate = training_features(loaded, examples), collator(loaded)
-    parameters = trained_parameters(model)
-    weights = list(parameters.values())
+    every = trained_parameters(model)
+    groups = chosen(saved_groups(model, every, files), options.targets)
+    parameters = {name: every[name] for group in groups for name in group.parameters}
+    _check_weights(parameters, groups, files)
+    batches, collate = _batches(loaded, examples, options.batch_size), collator(loaded)
+
+    def loss_of(number: int) -> Tensor:
+        inputs = {k: v.to(model.device) for k, v in collate(batches[number]).items()}
+        loss: Tensor = model(**inputs).loss
+        return loss
+
+    def on_fault(number: int, fault: str, begins_anew: bool) -> None:
+        if options.nonfinite == "raise":
+            raise TrainingError(
+                f"batch {number + 1} cannot be used: {fault}. {_ADVICE}, or leave such batches "
+                "out: --nonfinite skip"
+            )
+        if begins_anew:
+            say(f"batch {number + 1} is left out, {fault}: measuring anew, which takes longer")
+
     accumulator = _accumulator(parameters, options)
-    num_samples = num_batches = 0
-    try:
-        for start in range(0, len(rows), options.batch_size):
-            batch = rows[start : start + options.batch_size]
-            inputs = {key: value.to(model.device) for key, value in collate(batch).items()}
-            model.zero_grad(set_to_none=True)
-            model(**inputs).loss.backward()
-            gradients = [weight.grad for weight in weights]
-            require_gradients(gradients)
-            if accumulator.update(weights, gradients):
-                num_samples, num_batches = num_samples + len(batch), num_batches + 1
-            elif options.nonfinite == "raise":
-                raise _nonfinite_error(parameters, start // options.batch_size + 1)
-            on_batch(len(batch))
-    finally:
-        model.zero_grad(set_to_none=True)
-    if not num_batches:
-        raise TrainingError(
-            f"the gradients of all {accumulator.num_skipped} batches are not finite: nothing was "
-            f"measured. {_ADVICE}"
+    intake = GradientIntake(parameters, accumulator, options.sensitivity)
+    with _only_these_require_gradients(model, parameters), intake:
+        left_out = take_in(
+            len(batches),
+            loss_of,
+            intake,
+            on_batch=lambda number: on_batch(len(batches[number])),
+            on_fault=on_fault,
         )
-    tensors, missing = _saved_tensors(model, accumulator.state_dict(), files)
+    if len(left_out) == len(batches):
+        raise TrainingError(
+            f"loss or gradient of all {len(batches)} batches are not finite: nothing was measured. "
+            f"{_ADVICE}"
+        )
+    tensors = SavedTensors(model, accumulator.state_dict(), groups)
     return Measurement(
         tensors=tensors,
-        not_in_files=missing,
+        shards=shards(tensors, files),
+        not_in_files=[name for group in groups for name in group.not_in_files],
         options=options,
-        dtype=str(weights[0].dtype).removeprefix("torch."),
-        num_samples=num_samples,
-        num_batches=num_batches,
-        num_skipped=accumulator.num_skipped,
+        model_dtype=str(next(iter(parameters.values())).dtype).removeprefix("torch."),
+        num_samples=len(examples) - sum(len(batches[number]) for number in left_out),
+        num_batches=len(batches) - len(left_out),
+        num_skipped=len(left_out),
     )
 
 
 def write_measurement(
     directory: Path, measurement: Measurement, details: Mapping[str, Any]
 ) -> None:
-    """Write a measurement as an importance snapshot.
+    """Write a measurement as an importance snapshot, in shards like those of the checkpoint.
 
     Args:
         directory: made if need be.
@@ -197,66 +228,42 @@ def write_measurement(
         {
             **details,
             "options": {"average": options.average, **smoothing},
-            "dtype": measurement.dtype,
+            "targets": list(options.targets),
+            "dtype": options.dtype,
+            "model_dtype": measurement.model_dtype,
             "batch_size": options.batch_size,
             "samples": measurement.num_samples,
             "batches": measurement.num_batches,
             "skipped_batches": measurement.num_skipped,
             "not_in_files": list(measurement.not_in_files),
         },
+        shards=measurement.shards,
+        dtype=_DTYPES[options.dtype],
     )
 
 
-def names_in_files(
-    model: nn.Module, values: Mapping[str, Tensor], files: Source
-) -> dict[str, list[str]]:
-    """Under which names a checkpoint's files keep each parameter; none if it is not in them.
-
-    Published files may differ from what ``save_pretrained`` would write: without the prefix of the
-    base model, or with tied weights under another name or under several.
-
-    Args:
-        model: with the parameters.
-        values: one tensor per parameter, under the name that ``save_pretrained`` would write.
-        files: of the checkpoint.
-    """
-    kept = {name: files.info(name).shape for name in files.names()}
-    tied: dict[int, list[str]] = {}
-    of_name: dict[str, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        of_name[name] = tied.setdefault(id(parameter), [])
-        of_name[name].append(name)
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    found = {}
-    for name, value in values.items():
-        names = dict.fromkeys((name, *of_name.get(name, ())))
-        shape = tuple(value.shape)
-        found[name] = [n for n in names if kept.get(n) == shape] or [
-            bare for bare in (n.removeprefix(prefix) for n in names) if kept.get(bare) == shape
-        ]
-    return found
+@contextlib.contextmanager
+def _only_these_require_gradients(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter]
+) -> Iterator[None]:
+    """Spare the backward pass all gradients that nobody looks at."""
+    measured = {id(parameter) for parameter in parameters.values()}
+    spared = [p for p in model.parameters() if p.requires_grad and id(p) not in measured]
+    for parameter in spared:
+        parameter.requires_grad_(False)
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter in spared:
+            parameter.requires_grad_(True)
 
 
-def _saved_tensors(
-    model: nn.Module, state: Mapping[str, Tensor], files: Source | None
-) -> tuple[dict[str, Tensor], list[str]]:
-    """Accumulators, ``KIND/NAME``, under the names of the files, and the names not found there."""
-    by_kind: dict[str, dict[str, Tensor]] = {}
-    for key, value in state.items():
-        kind, _, name = key.partition("/")
-        by_kind.setdefault(kind, {})[name] = value
-    tensors: dict[str, Tensor] = {}
-    missing: list[str] = []
-    for kind, values in by_kind.items():
-        saved = as_in_checkpoint(model, values)
-        names = names_in_files(model, saved, files) if files is not None else {}
-        missing = [name for name in names if not names[name]]
-        for name, value in saved.items():
-            first, *others = names.get(name) or [name]
-            tensors[f"{kind}/{first}"] = value
-            # A safetensors file refuses tensors that share memory.
-            tensors.update({f"{kind}/{other}": value.clone() for other in others})
-    return tensors, missing
+def _batches(
+    loaded: LoadedModel, examples: Sequence[Example], batch_size: int
+) -> list[list[Features]]:
+    rows = training_features(loaded, examples)
+    return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
 
 
 def _accumulator(
@@ -279,10 +286,18 @@ def _check_labels(loaded: LoadedModel, examples: Sequence[Example]) -> None:
         )
 
 
-def _nonfinite_error(parameters: Mapping[str, nn.Parameter], number: int) -> TrainingError:
-    bad = [n for n, p in parameters.items() if p.grad is not None and not all_finite([p.grad])]
-    shown = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
-    return TrainingError(
-        f"the gradient of batch {number} is not finite, in {shown}. {_ADVICE}, or leave such "
-        "batches out: --nonfinite skip"
+def _check_weights(
+    parameters: Mapping[str, nn.Parameter], groups: Sequence[SavedGroup], files: Source | None
+) -> None:
+    """Refuse weights whose importance cannot be told: NaN times a gradient of zero is NaN."""
+    bad = {name for name, parameter in parameters.items() if not all_finite([parameter])}
+    if not bad:
+        return
+    kept = set(files.names()) if files is not None else set()
+    names = [n for group in groups if bad & {*group.parameters} for n in group.file_names()]
+    raise CheckpointError(
+        problem_list(
+            "cannot measure the importance of weights that hold NaN or infinity",
+            [f"{n} in {files.where(n)}" if files is not None and n in kept else n for n in names],
+        )
     )

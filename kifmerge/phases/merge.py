@@ -9,12 +9,12 @@ bit for bit.
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from kifmerge.checkpoint.atomic import write_text
+from kifmerge.checkpoint.atomic import write_json, write_text
 from kifmerge.checkpoint.header import DTYPES
 from kifmerge.checkpoint.journal import refuse_occupied, remove_finished, resumable_folder
 from kifmerge.checkpoint.pieces import CPU_PIECE_BYTES
@@ -22,12 +22,19 @@ from kifmerge.checkpoint.provenance import (
     PROVENANCE_FILE,
     is_made,
     made_by,
+    read_details,
     read_provenance,
     write_provenance,
 )
 from kifmerge.checkpoint.sink import Layout, copy_companions, layout_of, new_layout, with_dtype
 from kifmerge.checkpoint.workers import num_processors, peak_bytes, worker_pool
-from kifmerge.errors import CheckpointError, RunError, problem_list
+from kifmerge.errors import (
+    CheckpointError,
+    RunError,
+    check_at_least,
+    check_choices,
+    problem_list,
+)
 from kifmerge.phases.card import model_card
 from kifmerge.phases.fuse import OnProgress
 from kifmerge.phases.fuse_files import fuse_files
@@ -67,6 +74,11 @@ class MergeOptions:
     shard_bytes: int | None = None
     dtype: DtypeName | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse choices that do not exist and numbers out of range."""
+        check_choices(self)
+        check_at_least(self, shard_bytes=1)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergePlan:
@@ -82,7 +94,7 @@ class MergePlan:
         num_files: of the output.
         weight_passes: how often the weights are read.
         importance_passes: how often scores or masks are read.
-        read_bytes: in all.
+        read_bytes: in all, where no tensors without scores differ.
         write_bytes: of the output's weights.
         peak_memory_bytes: about what the process will need: Python and torch, and the buffers of
             all workers together.
@@ -126,6 +138,8 @@ class Merge:
         *,
         num_workers: int | None = None,
     ) -> None:
+        if rule.rule == "recurrent-kif" and not inputs.is_two_sided and rule.weights is None:
+            rule = replace(rule, weights=(1.0,) * len(inputs.models))
         self.inputs = inputs
         self.rule = rule
         self.options = options or MergeOptions()
@@ -173,11 +187,6 @@ class Merge:
         # Two passes for a threshold, one for bounds or means, and one to fuse; masks only that.
         importance_passes = {"masks": 3, "scores": 2}.get(needs, 1) if self.inputs.importance else 1
         importance_passes = importance_passes if self._open.evidence_bytes else 0
-        model_bytes = sum(
-            source.info(name).nbytes
-            for source in self._open.sources.values()
-            for name in source.names()
-        )
         return MergePlan(
             rule=self.rule.rule,
             historical_parent=self.historical_parent,
@@ -188,10 +197,23 @@ class Merge:
             num_files=len(self._layout),
             weight_passes=weight_passes,
             importance_passes=importance_passes,
-            read_bytes=weight_passes * model_bytes + importance_passes * self._open.evidence_bytes,
+            read_bytes=self._weight_bytes(scored) + importance_passes * self._open.evidence_bytes,
             write_bytes=sum(info.nbytes for info in infos),
             peak_memory_bytes=peak_bytes() + self._num_buffers * self._piece_bytes,
         )
+
+    def _weight_bytes(self, scored: Sequence[str]) -> int:
+        """What is read of weights: all of them once, what is copied and what is ranked again."""
+        sources, weights = self._open.sources.values(), self._open.weights
+        whole = {id(s): sum(s.info(name).nbytes for name in s.names()) for s in sources}
+        judged = {id(s): sum(s.info(name).nbytes for name in scored) for s in sources}
+        like = id(self._open.like.source)
+        num_bytes = sum(whole.values()) + whole[like] - judged[like]
+        if self.rule.needs == "largest":
+            # Two passes for a threshold, over both ends of each task vector.
+            ends = [*weights.models, *map(weights.parent, range(len(weights.models)))]
+            num_bytes += 2 * sum(judged.get(id(source), 0) for source in ends)
+        return num_bytes
 
     def _recorded_options(self) -> dict[str, Any]:
         """All that the output depends on beside its inputs."""
@@ -270,6 +292,8 @@ class Merge:
             }
             _refuse_unexpected(provenance, expected)
             copy_companions(self.inputs.config_from or self._open.like.directory, journal.directory)
+            if self.options.dtype is not None:
+                _tell_dtype(journal.directory / "config.json", self.options.dtype)
             write_text(journal.directory / "README.md", self._card(wanted, figures))
             write_provenance(journal.directory, provenance)
         return figures, True
@@ -290,6 +314,23 @@ class Merge:
             made_by=wanted,
             figures=figures,
         )
+
+
+def _tell_dtype(config_path: Path, dtype: DtypeName) -> None:
+    """Have a configuration say which dtype the weights have: transformers loads them in that."""
+
+    def told(config: Mapping[str, Any]) -> dict[str, Any]:
+        changed = dict(config)
+        for key, value in config.items():
+            if key in ("dtype", "torch_dtype") and isinstance(value, str):
+                changed[key] = dtype
+            elif key.endswith("_config") and isinstance(value, dict):
+                changed[key] = told(value)
+        return changed
+
+    config = read_details(config_path)
+    if config:
+        write_json(config_path, told(config))
 
 
 def _refuse_unexpected(made: Mapping[str, Any], expected: Mapping[str, Any] | None) -> None:

@@ -79,10 +79,12 @@ class FusionOptions:
                 raise ValueError(f"{name} must lie in [0, 1], found {getattr(self, name)}")
         if self.shared_weights is None:
             object.__setattr__(self, "shared_weights", RULES[self.rule].shared_weights)
-        elif len(self.shared_weights) != 2:
+        elif len(self.shared_weights) != 2 or not all(map(math.isfinite, self.shared_weights)):
             raise ValueError(f"shared_weights must be two numbers, found {self.shared_weights}")
         if not self.temperature > 0.0:
             raise ValueError(f"temperature must be positive, found {self.temperature}")
+        if not math.isfinite(self.scale):
+            raise ValueError(f"scale must be finite, found {self.scale}")
         if RULES[self.rule].mixes_weights and abs(sum(self.shared_weights or ()) - 1.0) > 1e-6:
             raise ValueError(
                 f"shared_weights of {self.rule} must add up to 1, found {self.shared_weights}"

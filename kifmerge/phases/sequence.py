@@ -8,104 +8,48 @@ renamed into place only when it is whole:
     NN-TASK.training/         while a task is being trained: its latest checkpoint
 
 Stages 0 and 1 are the same for all methods (the first task has no memory and is plain training)
-and are made once, by :func:`run_start`. Whatever exists is not made again, so that the same call
-resumes an interrupted sequence, and goes on from a finished one that was given further tasks.
+and are made once, by :func:`run_start`; the methods of KIF, which score the first task too, share
+stage 0 alone, and keep units.json beside each checkpoint. Whatever exists is not made again, so
+that the same call resumes an interrupted sequence, and goes on from a finished one that was given
+further tasks.
+
+A classifier's head covers the labels of all tasks from the start. Where a finished sequence is
+given further tasks it grows: the rows it gains have no history, and KIF takes the new ones.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from kifmerge.checkpoint.atomic import remove_unfinished, whole_folder, write_json
+from kifmerge.checkpoint.units import write_units
 from kifmerge.phases.data import DataOptions, Example, read_examples, write_examples
 from kifmerge.phases.evaluate import predict, write_predictions
 from kifmerge.phases.memory import select_memory
-from kifmerge.phases.model import LoadedModel, ModelOptions, known_labels, load_model
-from kifmerge.phases.presets import RecurrentOptions, Rule
-from kifmerge.phases.resumable import CHECKPOINT, STATE, newest_step
+from kifmerge.phases.methods import METHODS, Method
+from kifmerge.phases.model import LoadedModel, known_labels, load_model
+from kifmerge.phases.resumable import CHECKPOINT
 from kifmerge.phases.scratch import make_base
-from kifmerge.phases.state import OPTIMIZER_FILE
-from kifmerge.phases.state import STATE_FILE as TRAINER_STATE_FILE
-from kifmerge.phases.tasks import Task, TaskOptions
-from kifmerge.phases.train import (
-    Progress,
-    TrainingFolders,
-    TrainingOptions,
-    TrainingRecord,
-    train_task,
-    training_device,
+from kifmerge.phases.stage import (
+    OPTIMIZER,
+    Moment,
+    SequenceOptions,
+    StageTraining,
+    TrainedStage,
+    training_folder,
 )
+from kifmerge.phases.tasks import Task
+from kifmerge.phases.train import training_device
 
 BEFORE = "before"
 ALL_TASKS = "all-tasks"
 PREDICTIONS = "predictions"
-OPTIMIZER = "optimizer"
 MEMORY_FILE = "memory.jsonl"
 STAGE_FILE = "stage.json"
-
-
-@dataclass(frozen=True, slots=True)
-class Method:
-    """How a method treats a new task.
-
-    Attributes:
-        memory: ``unused``; ``mixed`` into the training rows; or ``outer``: in outer steps.
-        rule: how rounds are fused where memory is used in outer steps; None takes the recipe's.
-        at_once: all tasks together instead of one after the other.
-    """
-
-    memory: Literal["unused", "mixed", "outer"]
-    rule: Rule | None = None
-    at_once: bool = False
-
-
-MethodName = Literal[
-    "sequential",
-    "replay-mixed",
-    "replay-interleaved",
-    "recurrent-average",
-    "recurrent-kif",
-    "recurrent-kif-adaptive",
-    "multitask",
-]
-
-METHODS: Mapping[str, Method] = {
-    "sequential": Method("unused"),
-    "replay-mixed": Method("mixed"),
-    "replay-interleaved": Method("outer", "none"),
-    "recurrent-average": Method("outer", "average"),
-    "recurrent-kif": Method("outer", "recurrent-kif"),
-    "recurrent-kif-adaptive": Method("outer", "recurrent-kif-adaptive"),
-    "multitask": Method("unused", at_once=True),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Moment:
-    """Where a sequence is: for a progress display."""
-
-    task: str
-    activity: Literal["training", "evaluating"]
-    done: int
-    total: int
-    num_rounds: int = 0
-    loss: float | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SequenceOptions:
-    """All that a sequence needs but its method and seed."""
-
-    model: ModelOptions
-    tasks: Sequence[TaskOptions]
-    training: TrainingOptions
-    recurrent: RecurrentOptions
-    memory_fraction: float
-    evaluation_batch_size: int
 
 
 class TaskSequence:
@@ -149,19 +93,20 @@ class TaskSequence:
         if method.at_once:
             self._run_at_once(method, directory)
             return
-        stages = method_stages(self._start_dir, directory, self.tasks)
-        for number in range(2, len(stages)):
+        stages = method_stages(self._start_dir, directory, self.tasks, method)
+        for number in range(method.num_shared_stages, len(stages)):
             if not stages[number].exists():
                 self._train_stage(stages, method, number)
-        self._fill_in(stages[2:])
+        self._fill_in(stages[method.num_shared_stages :])
 
     def _run_at_once(self, method: Method, directory: Path) -> None:
         folder = at_once_folder(directory, self.tasks)
         if not folder.exists():
             rows = [example for task in self.tasks for example in task.train]
             before = stage_folders(self._start_dir, [])[0]
-            loaded, record = self._train(folder, before, rows, [], method, stage=1)
-            self._finish_stage(folder, loaded, ALL_TASKS, record=record)
+            training = self._training(folder, method, 1)
+            trained = training.train(before, rows, [], is_first_task=True)
+            self._finish_stage(folder, trained.loaded, ALL_TASKS, training, trained)
         shutil.rmtree(training_folder(folder), ignore_errors=True)
 
     def _train_stage(self, stages: Sequence[Path], method: Method, number: int) -> None:
@@ -169,13 +114,25 @@ class TaskSequence:
         task = self.tasks[number - 1]
         memory = [] if method.memory == "unused" else self._remembered(stages[1:number])
         rows = task.train + (memory if method.memory == "mixed" else [])
-        outer = memory if method.memory == "outer" else []
-        folder = stages[number]
-        loaded, record = self._train(folder, stages[number - 1], rows, outer, method, stage=number)
+        apart = memory if method.memory in ("outer", "after") else []
+        training = self._training(stages[number], method, number)
+        trained = training.train(stages[number - 1], rows, apart, is_first_task=number == 1)
         kept = select_memory(
             task.train, self._options.memory_fraction, seed=self._stage_seed(number)
         )
-        self._finish_stage(folder, loaded, task.name, record=record, memory=kept)
+        self._finish_stage(
+            stages[number], trained.loaded, task.name, training, trained, memory=kept
+        )
+
+    def _training(self, folder: Path, method: Method, number: int) -> StageTraining:
+        return StageTraining(
+            self._options,
+            method,
+            folder,
+            seed=self._stage_seed(number),
+            load=self._load,
+            on_moment=self._on_moment,
+        )
 
     def _remembered(self, stages: Sequence[Path]) -> list[Example]:
         whole = DataOptions(columns={})
@@ -187,77 +144,29 @@ class TaskSequence:
             for example in read_examples(str(file), whole)
         ]
 
-    def _train(
-        self,
-        folder: Path,
-        before: Path,
-        rows: Sequence[Example],
-        memory: Sequence[Example],
-        method: Method,
-        *,
-        stage: int,
-    ) -> tuple[LoadedModel, TrainingRecord]:
-        """Train the model of the stage ``before``, or go on where an interruption left it."""
-        name = folder.name.partition("-")[2]
-
-        def on_progress(progress: Progress) -> None:
-            self._on_moment(
-                Moment(
-                    name,
-                    "training",
-                    progress.step,
-                    progress.num_steps,
-                    progress.num_rounds,
-                    progress.loss,
-                )
-            )
-
-        options = self._options
-        step_dir = training_folder(folder)
-        optimizer_dir = before / OPTIMIZER
-        loaded = self._load((newest_step(step_dir) or before) / CHECKPOINT)
-        record = train_task(
-            loaded,
-            rows,
-            memory,
-            options.training,
-            replace(options.recurrent, rule=method.rule) if method.rule else options.recurrent,
-            seed=self._stage_seed(stage),
-            folders=TrainingFolders(
-                steps=step_dir, optimizer=optimizer_dir if optimizer_dir.exists() else None
-            ),
-            on_progress=on_progress,
-        )
-        return loaded, record
-
     def _finish_stage(
         self,
         folder: Path,
         loaded: LoadedModel,
         name: str,
+        training: StageTraining | None = None,
+        trained: TrainedStage | None = None,
         *,
-        record: TrainingRecord | None = None,
         memory: Sequence[Example] | None = None,
     ) -> None:
         with whole_folder(folder) as temporary:
             loaded.save(temporary / CHECKPOINT)
-            if record is not None and self._options.training.optimizer_state == "kept":
-                self._keep_optimizer(folder, temporary / OPTIMIZER)
+            if training is not None and self._options.training.optimizer_state == "kept":
+                training.keep_optimizer(temporary / OPTIMIZER)
             if memory is not None:
                 write_examples(temporary / MEMORY_FILE, memory)
+            if trained is not None and trained.fused is not None:
+                write_units(temporary, trained.fused.units, {"task": name})
             for task in self.tasks:
                 self._predict(loaded, task, temporary)
-            details = _stage_details(name, self._seed, record)
+            details = _stage_details(name, self._seed, trained)
             write_json(temporary / STAGE_FILE, {**details, "memory_rows": len(memory or [])})
         shutil.rmtree(training_folder(folder), ignore_errors=True)
-
-    def _keep_optimizer(self, folder: Path, directory: Path) -> None:
-        """Copy what the next task's optimizer begins with from the last step's state."""
-        last = newest_step(training_folder(folder))
-        assert last is not None
-        directory.mkdir()
-        for name in (OPTIMIZER_FILE, TRAINER_STATE_FILE):
-            shutil.copyfile(last / STATE / name, directory / name)
 
     def _fill_in(self, stages: Sequence[Path]) -> None:
         """Evaluate finished stages on tasks that were added since, and tidy up beside them."""
@@ -311,14 +220,13 @@ def stage_folders(directory: Path, tasks: Sequence[Task]) -> list[Path]:
     return [directory / f"{number:02d}-{name}" for number, name in enumerate(names)]
 
 
-def method_stages(start_dir: Path, method_dir: Path, tasks: Sequence[Task]) -> list[Path]:
-    """All stages of a method: the shared start, then its own."""
-    return stage_folders(start_dir, tasks[:1]) + stage_folders(method_dir, tasks)[2:]
-
-
-def training_folder(stage: Path) -> Path:
-    """Where the training of a stage keeps its checkpoints until the stage is finished."""
-    return stage.with_name(f"{stage.name}.training")
+def method_stages(
+    start_dir: Path, method_dir: Path, tasks: Sequence[Task], method: Method
+) -> list[Path]:
+    """All stages of a method: those of the shared start, then its own."""
+    num_shared = method.num_shared_stages
+    shared, own = stage_folders(start_dir, tasks[:1]), stage_folders(method_dir, tasks)
+    return shared[:num_shared] + own[num_shared:]
 
 
 def at_once_folder(method_dir: Path, tasks: Sequence[Task]) -> Path:
@@ -331,9 +239,12 @@ def prediction_path(stage: Path, task_name: str) -> Path:
     return stage / PREDICTIONS / f"{task_name}.jsonl"
 
 
-def _stage_details(name: str, seed: int, record: TrainingRecord | None) -> dict[str, Any]:
+def _stage_details(name: str, seed: int, trained: TrainedStage | None) -> dict[str, Any]:
     details: dict[str, Any] = {"stage": name, "seed": seed}
-    if record is not None:
-        rounds = [done.as_dict() for done in record.rounds]
-        details["training"] = {**asdict(record), "rounds": rounds}
+    if trained is not None:
+        rounds = [done.as_dict() for done in trained.record.rounds]
+        details["training"] = {**asdict(trained.record), "rounds": rounds}
+        if trained.fused is not None:
+            num_units = len(trained.fused.units.units)
+            details["kif"] = {"num_units": num_units, **trained.fused.shares}
     return details

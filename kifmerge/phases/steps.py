@@ -24,14 +24,17 @@ from transformers import Trainer as StockTrainer
 from transformers import TrainingArguments as Arguments
 
 from kifmerge.checkpoint.provenance import read_details
+from kifmerge.checkpoint.units import Units
 from kifmerge.errors import TrainingError
 from kifmerge.phases.data import Example
 from kifmerge.phases.encode import collator, training_features
 from kifmerge.phases.guard import GradientGuard
 from kifmerge.phases.importance import refuse_without_gradients, write_accumulator
+from kifmerge.phases.kif import important_elements
+from kifmerge.phases.kif_training import KifMixin, KifTraining
 from kifmerge.phases.loop import RecurrentLoop
 from kifmerge.phases.model import LoadedModel
-from kifmerge.phases.presets import RecurrentOptions, Role
+from kifmerge.phases.presets import KifOptions, RecurrentOptions, Role
 from kifmerge.phases.resumable import STATE, ResumableMixin, newest_step
 from kifmerge.phases.state import STATE_FILE
 from kifmerge.phases.train import Progress, TrainingOptions, training_arguments
@@ -51,6 +54,8 @@ class PhaseOptions:
         state_dir: to go on from; None begins a task.
         step_dir: keeps the latest checkpoint while a long phase is under way.
         made_by: recorded in what is written.
+        kif: scores the whole task for KIF; None scores a round's steps for the recurrent loop.
+        only_units: trains only those important to earlier tasks, with the fraction of ``kif``.
     """
 
     training: TrainingOptions
@@ -60,6 +65,8 @@ class PhaseOptions:
     state_dir: Path | None
     step_dir: Path
     made_by: Mapping[str, Any]
+    kif: KifOptions | None = None
+    only_units: Units | None = None
 
     def identity(self) -> dict[str, Any]:
         """What must be the same in all phases of one task."""
@@ -68,7 +75,21 @@ class PhaseOptions:
             "recurrent": asdict(self.recurrent),
             "seed": self.seed,
             "data": self.data,
+            "kif": None if self.kif is None else asdict(self.kif),
+            "only_units": self.made_by["parents"].get("units"),
         }
+
+    @property
+    def scored(self) -> RecurrentOptions:
+        """The loop's options under a rule that scores, whatever is done with the snapshots.
+
+        A task that is scored for KIF needs nothing of the loop.
+        """
+        if self.kif is not None and self.only_units is None:
+            return replace(self.recurrent, rule="none")
+        if self.recurrent.rule in ("average", "none"):
+            return replace(self.recurrent, rule="recurrent-kif")
+        return self.recurrent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,8 +166,8 @@ def replay_steps(
     return kept_record(out_dir)
 
 
-class PhaseTrainer(ResumableMixin, StockTrainer):
-    """A stock Trainer with the parts of the recurrent loop, but nothing to join them."""
+class PhaseTrainer(KifMixin, ResumableMixin, StockTrainer):
+    """A stock Trainer with the parts of the recurrent loop and of KIF, but nothing to join them."""
 
     def __init__(
         self,
@@ -175,8 +196,16 @@ class PhaseTrainer(ResumableMixin, StockTrainer):
         self.identity = options.identity()
         self.step_dir = options.step_dir
         self.guard = GradientGuard(options.recurrent.nonfinite)
-        self.loop = RecurrentLoop(self, rows, _scored(options.recurrent), self.guard)
+        self.loop = RecurrentLoop(self, rows, options.scored, self.guard)
+        if options.kif is not None:
+            self._use_kif(options.kif, options.only_units)
         self.last_loss: float | None = None
+
+    def _use_kif(self, kif: KifOptions, only_units: Units | None) -> None:
+        marks = None
+        if only_units is not None:
+            marks = important_elements(self.loaded.model, only_units, kif.important_fraction)
+        self.use_kif(KifTraining(kif=kif, recurrent=self.options.recurrent, trained=marks))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -191,11 +220,16 @@ class PhaseTrainer(ResumableMixin, StockTrainer):
     def write(self, directory: Path, role: Role, record: PhaseRecord) -> None:
         """Write checkpoint, snapshot and state of this moment."""
         self.loaded.save(directory, self.options.made_by)
+        scores = self.task_scores
         write_accumulator(
             directory / IMPORTANCE,
-            self.phase_loop.rounds.accumulators[role],
+            self.phase_loop.rounds.accumulators[role] if scores is None else scores.accumulator,
             self.loaded.model,
-            {"role": role, "made_by": self.options.made_by},
+            {
+                "role": role,
+                "made_by": self.options.made_by,
+                **({} if scores is None else {"first_step": scores.options.first_step}),
+            },
         )
         (directory / STATE).mkdir()
         self.write_state(directory / STATE, last_phase=role, record=asdict(record))
@@ -289,13 +323,6 @@ class _OuterSteps(TrainerCallback):
         loss = float(torch.stack(losses).mean())
         trainer.write(self._out_dir, "historical", _record(trainer, self._num_steps, loss))
         raise _Finished
-
-
-def _scored(recurrent: RecurrentOptions) -> RecurrentOptions:
-    """The options under a rule that scores: a phase writes snapshots whatever is done with them."""
-    if recurrent.rule in ("average", "none"):
-        return replace(recurrent, rule="recurrent-kif")
-    return recurrent
 
 
 def _record(trainer: PhaseTrainer, num_steps: int, loss: float | None) -> PhaseRecord:

@@ -24,11 +24,12 @@ from kifmerge.checkpoint.provenance import read_details
 from kifmerge.errors import RunError, check_at_least
 from kifmerge.phases.data import Example
 from kifmerge.phases.encode import collator, training_features
+from kifmerge.phases.kif_training import KifTrainer, KifTraining
 from kifmerge.phases.loop import STATE_COUNTERS
 from kifmerge.phases.model import LoadedModel
 from kifmerge.phases.presets import RecurrentOptions
 from kifmerge.phases.recurrent import Round
-from kifmerge.phases.resumable import STATE, ResumableTrainer, newest_step
+from kifmerge.phases.resumable import STATE, newest_step
 from kifmerge.phases.state import STATE_FILE, TRAINER_FILE, begin_with_optimizer, read_state
 
 
@@ -126,7 +127,7 @@ def train_task(
     examples: Sequence[Example],
     memory: Sequence[Example],
     options: TrainingOptions,
-    recurrent: RecurrentOptions | None,
+    variant: RecurrentOptions | KifTraining | None,
     *,
     seed: int,
     folders: TrainingFolders,
@@ -140,11 +141,14 @@ def train_task(
         examples: the new task's rows.
         memory: rows of earlier tasks for the outer steps; empty: plain training.
         options: optimization.
-        recurrent: of the loop; None: plain training.
+        variant: options of the recurrent loop; or plain training as KIF wants it, which leaves
+            the task's scores in the state of its last step; None: plain training.
         seed: of row order, dropout and memory batches.
         folders: where checkpoints are kept and found.
         on_progress: told after each optimizer step.
     """
+    kif = variant if isinstance(variant, KifTraining) else None
+    recurrent = variant.recurrent if isinstance(variant, KifTraining) else variant
     rows = training_features(loaded, examples)
     outer_rows = training_features(loaded, memory) if recurrent is not None else []
     watcher = _Watcher(on_progress)
@@ -154,8 +158,9 @@ def train_task(
         "seed": seed,
         "rows": len(rows),
         "memory_rows": len(outer_rows),
+        "kif": kif.identity() if kif is not None else None,
     }
-    trainer = ResumableTrainer(
+    trainer = KifTrainer(
         loaded=loaded,
         step_dir=folders.steps,
         identity=identity,
@@ -168,6 +173,8 @@ def train_task(
     )
     trainer.remove_callback(PrinterCallback)
     watcher.trainer = trainer
+    if kif is not None:
+        trainer.use_kif(kif)
     if loaded.options.kind != "causal-lm":
         # These losses are means whatever the Trainer passes on, so that it must average
         # accumulated micro-batches itself.
@@ -206,7 +213,7 @@ def _record(state_dir: Path) -> TrainingRecord:
 class _GivenOptimizer(TrainerCallback):
     """Gives the optimizer, once the Trainer has made it, what an earlier task's left."""
 
-    def __init__(self, trainer: ResumableTrainer, directory: Path) -> None:
+    def __init__(self, trainer: KifTrainer, directory: Path) -> None:
         self._trainer = trainer
         self._directory = directory
 
@@ -273,7 +280,7 @@ class _Watcher(TrainerCallback):
     """Tells of each step."""
 
     def __init__(self, on_progress: Callable[[Progress], None]) -> None:
-        self.trainer: ResumableTrainer | None = None
+        self.trainer: KifTrainer | None = None
         self._on_progress = on_progress
         self._loss: float | None = None
 

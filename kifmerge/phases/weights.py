@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -50,6 +51,13 @@ class Weights:
             raise _nonfinite_error(source, piece, values)
         return values
 
+    def parent(self, index: int) -> Source:
+        """Where the task vector of a model starts."""
+        found = self.parents[index] if self.parents else None
+        parent = self.base if found is None else self.models[found]
+        assert parent is not None
+        return parent
+
     def vectors(self, base: Tensor, models: Sequence[Tensor]) -> list[Tensor]:
         """Task vectors of the models in one piece."""
         parents = self.parents or (None,) * len(models)
@@ -68,11 +76,9 @@ class VectorSizes:
     """
 
     def __init__(self, weights: Weights, index: int) -> None:
-        assert weights.base is not None
         self._weights = weights
         self._model = weights.models[index]
-        parent = weights.parents[index] if weights.parents else None
-        self._parent = weights.base if parent is None else weights.models[parent]
+        self._parent = weights.parent(index)
 
     def names(self) -> Sequence[str]:
         """Of the model."""
@@ -87,7 +93,9 @@ class VectorSizes:
         """Of these elements."""
         piece = [Range(name, start, stop)]
         model, parent = (self._weights.read(s, piece) for s in (self._model, self._parent))
-        return (model - parent).abs_()
+        sizes = (model - parent).abs_()
+        # NaN, where it is to be carried on, is in no order: it counts as the largest.
+        return sizes.nan_to_num_(math.inf, math.inf) if self._weights.nonfinite == "keep" else sizes
 
     def where(self, name: str) -> str:
         """The model's file."""
