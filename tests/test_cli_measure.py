@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
+import folders
 import pytest
 import safetensors.torch
 import synthetic
@@ -530,7 +531,7 @@ class TestImportance:
         assert found.details["adapter"] == str(adapter_dir)
 
     def test_smoothed(self, model_dir, data, tmp_path):
-        options = ("--average", "ema", "--sensitivity", "mixed", "--samples", 4)
+        options = ("--average", "ema", "--order", "mixed", "--samples", 4)
         self.measure(model_dir, tmp_path / "s", data[0], *options, "--batch-size", 1)
         found = read_snapshot(tmp_path / "s")
         assert {key.partition("/")[0] for key in found.tensors()} == {"sensitivity", "uncertainty"}
@@ -570,18 +571,77 @@ class TestImportance:
         word = next(w for w in rows[0]["text"].split() if w not in ("the", "a"))
         num_spoilt = sum(word in row["text"].split() for row in rows)
         name = "encoder.embeddings.word_embeddings.weight"
-        tensors[name][vocabulary[word]] = torch.nan
+        tensors[name][vocabulary[word], 0] = 3e38  # finite, but its variance is not
         safetensors.torch.save_file(tensors, spoilt / "model.safetensors", {"format": "pt"})
         result = self.measure(spoilt, tmp_path / "s", data[0], "--batch-size", 1)
         assert result.exit_code == 0, result.stderr
         assert 0 < num_spoilt < 8
-        assert error_lines(result) == [f"{num_spoilt} batches left out: a gradient was not finite"]
-        assert read_snapshot(tmp_path / "s").details["samples"] == 8 - num_spoilt
+        assert error_lines(result) == [
+            f"{num_spoilt} batches left out: a loss or gradient was not finite"
+        ]
+        found = read_snapshot(tmp_path / "s")
+        assert found.details["samples"] == 8 - num_spoilt
+        assert all(bool(score.isfinite().all()) for _, score in found.scores())
         more = ("--batch-size", 1, "--nonfinite", "raise")
         result = self.measure(spoilt, tmp_path / "r", data[0], *more)
         assert (result.exit_code, result.stdout) == (3, "")
-        assert "the gradient of batch 1 is not finite" in result.stderr
+        assert "batch 1 cannot be used: its loss is nan" in result.stderr
         assert not (tmp_path / "r").exists()
+
+    def test_weights_that_are_not_finite(self, model_dir, data, tmp_path):
+        spoilt = tmp_path / "model"
+        shutil.copytree(model_dir, spoilt)
+        tensors = safetensors.torch.load_file(spoilt / "model.safetensors")
+        tensors["classifier.bias"][0] = torch.nan
+        safetensors.torch.save_file(tensors, spoilt / "model.safetensors", {"format": "pt"})
+        result = self.measure(spoilt, tmp_path / "s", data[0])
+        assert (result.exit_code, result.stdout) == (3, "")
+        assert f"classifier.bias in {spoilt}/model.safetensors" in result.stderr
+        assert not (tmp_path / "s").exists()
+
+    def test_targets_and_dtype(self, model_dir, data, tmp_path):
+        options = ("--target", "*.query.weight", "--target", "classifier.*", "--dtype", "bfloat16")
+        result = self.measure(model_dir, tmp_path / "s", data[0], *options, "--json")
+        assert result.exit_code == 0, result.stderr
+        content = json.loads(result.stdout)
+        assert content["targets"] == ["*.query.weight", "classifier.*"]
+        assert (content["dtype"], content["model_dtype"]) == ("bfloat16", "float32")
+        kept = safetensors.torch.load_file(tmp_path / "s/importance.safetensors")
+        names = safetensors.torch.load_file(model_dir / "model.safetensors")
+        expected = {
+            f"score/{n}" for n in names if n.endswith(".query.weight") or n.startswith("classifier")
+        }
+        assert kept.keys() == expected
+        assert {tensor.dtype for tensor in kept.values()} == {torch.bfloat16}
+        # All of them, measured and rounded, are the same.
+        self.measure(model_dir, tmp_path / "all", data[0])
+        every = read_snapshot(tmp_path / "all").tensors()
+        assert all(torch.equal(kept[key], every[key].bfloat16()) for key in kept)
+        # Other targets are another snapshot.
+        assert self.measure(model_dir, tmp_path / "s", data[0], *options[2:]).exit_code == 3
+
+    def test_sharded_model_gives_a_sharded_snapshot(self, model_dir, data, tmp_path):
+        sharded = tmp_path / "model"
+        shutil.copytree(model_dir, sharded)
+        tensors = safetensors.torch.load_file(sharded / "model.safetensors")
+        (sharded / "model.safetensors").unlink()
+        folders.save(
+            sharded,
+            tensors,
+            num_shards=3,
+            config=json.loads((model_dir / "config.json").read_text()),
+        )
+        assert self.measure(model_dir, tmp_path / "one", data[0]).exit_code == 0
+        result = self.measure(sharded, tmp_path / "s", data[0])
+        assert result.exit_code == 0, result.stderr
+        assert sorted(path.name for path in (tmp_path / "s").glob("*.safetensors")) == [
+            f"importance-{k:05d}-of-00003.safetensors" for k in (1, 2, 3)
+        ]
+        one, other = (dict(read_snapshot(tmp_path / n).scores()) for n in ("one", "s"))
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+        pruned = invoke("prune", "--importance", tmp_path / "s", "--out", tmp_path / "mask")
+        assert pruned.exit_code == 0, pruned.stderr
 
     def test_parameters_that_the_files_lack_are_said(self, model_dir, data, tmp_path):
         model = tmp_path / "model"
@@ -600,7 +660,10 @@ class TestImportance:
         ("arguments", "code"),
         [
             (("--average", "median"), 2),
-            (("--sensitivity", "third"), 2),
+            (("--order", "third"), 2),
+            (("--sensitivity", "first"), 2),
+            (("--dtype", "float16"), 2),
+            (("--target", "query"), 3),
             (("--nonfinite", "keep"), 2),
             (("--batch-size", "0"), 2),
             (("--samples", "0"), 2),

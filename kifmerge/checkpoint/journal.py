@@ -65,6 +65,7 @@ class Journal:
             stream.write(json.dumps(dict(record)) + "\n")
             stream.flush()
             os.fsync(stream.fileno())
+        flush(self._path.parent)
         self.finished[record["name"]] = dict(record)
 
     def remove_unfinished(self) -> None:

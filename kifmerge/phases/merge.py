@@ -350,10 +350,11 @@ def _refuse_unexpected(made: Mapping[str, Any], expected: Mapping[str, Any] | No
     ]
     if problems:
         raise CheckpointError(problem_list("inputs are not what they were", problems))
+    found, told = made["files"], expected.get("files") or made["files"]
     problems = [
-        f"{name}: SHA-256 {record['sha256']}, expected {expected['files'].get(name)}"
-        for name, record in made["files"].items()
-        if record != expected["files"].get(name, record)
+        f"{name}: {_file_word(found.get(name))}, expected {_file_word(told.get(name))}"
+        for name in sorted({*found, *told})
+        if found.get(name) != told.get(name)
     ]
     if problems:
         raise CheckpointError(
@@ -363,3 +364,7 @@ def _refuse_unexpected(made: Mapping[str, Any], expected: Mapping[str, Any] | No
                 problems,
             )
         )
+
+
+def _file_word(record: Mapping[str, Any] | None) -> str:
+    return "no such file" if record is None else f"SHA-256 {record['sha256']}"

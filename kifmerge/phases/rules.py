@@ -79,7 +79,7 @@ class FusionOptions:
                 raise ValueError(f"{name} must lie in [0, 1], found {getattr(self, name)}")
         if self.shared_weights is None:
             object.__setattr__(self, "shared_weights", RULES[self.rule].shared_weights)
-        elif len(self.shared_weights) != 2 or not all(map(math.isfinite, self.shared_weights)):
+        elif [math.isfinite(weight) for weight in self.shared_weights] != [True, True]:
             raise ValueError(f"shared_weights must be two numbers, found {self.shared_weights}")
         if not self.temperature > 0.0:
             raise ValueError(f"temperature must be positive, found {self.temperature}")

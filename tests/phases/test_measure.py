@@ -10,18 +10,16 @@ import pytest
 import safetensors.torch
 import tiny
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from kifmerge.checkpoint.scores import open_scores
 from kifmerge.checkpoint.snapshot import read_snapshot
 from kifmerge.checkpoint.source import open_source
-from kifmerge.errors import DataError, TrainingError
+from kifmerge.errors import CheckpointError, DataError, TrainingError
 from kifmerge.phases.data import Example
 from kifmerge.phases.encode import collator, training_features
 from kifmerge.phases.measure import (
     MeasureOptions,
     measure_importance,
-    names_in_files,
     write_measurement,
 )
 from kifmerge.phases.model import LoraOptions, ModelOptions, load_model
@@ -209,7 +207,7 @@ class TestModel:
         loaded = load("causal-lm")
         loaded.model.bfloat16()
         found = measure_importance(loaded, EXAMPLES, MeasureOptions())
-        assert found.dtype == "bfloat16"
+        assert found.model_dtype == "bfloat16"
         assert {tensor.dtype for tensor in found.tensors.values()} == {torch.float32}
 
 
@@ -231,44 +229,11 @@ class TestNames:
         assert found.tensors.keys() == {f"score/{name}" for name in kept}
         assert any("lora_A" in key for key in found.tensors)
 
-    @pytest.fixture
-    def gpt2(self):
-        torch.manual_seed(0)
-        config = GPT2Config(
-            n_layer=1, n_embd=8, n_head=2, vocab_size=20, n_positions=8,
-            bos_token_id=1, eos_token_id=1,
-        )  # fmt: skip
-        return GPT2LMHeadModel(config)
-
     def published(self, tmp_path, tensors):
         copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
         safetensors.torch.save_file(copies, tmp_path / "model.safetensors")
         (tmp_path / "config.json").write_text("{}")
         return open_source(tmp_path)
-
-    def test_of_a_base_without_prefix(self, gpt2, tmp_path):
-        files = self.published(tmp_path, dict(gpt2.transformer.named_parameters()))
-        found = names_in_files(gpt2, dict(gpt2.named_parameters()), files)
-        assert found["transformer.h.0.ln_1.bias"] == ["h.0.ln_1.bias"]
-        assert [name for names in found.values() for name in names] == [
-            name for name, _ in gpt2.transformer.named_parameters()
-        ]
-
-    def test_of_tied_weights_that_are_kept_twice_or_under_the_other_name(self, gpt2, tmp_path):
-        tied = {
-            "transformer.wte.weight": gpt2.lm_head.weight,
-            "lm_head.weight": gpt2.lm_head.weight,
-        }
-        values = {"transformer.wte.weight": gpt2.lm_head.weight}
-        files = self.published(tmp_path, tied)
-        assert names_in_files(gpt2, values, files) == {"transformer.wte.weight": list(tied)}
-        files = self.published(tmp_path, {"lm_head.weight": gpt2.lm_head.weight})
-        assert names_in_files(gpt2, values, files) == {"transformer.wte.weight": ["lm_head.weight"]}
-
-    def test_of_another_shape_or_of_none_are_told(self, gpt2, tmp_path):
-        files = self.published(tmp_path, {"lm_head.weight": torch.zeros(2, 3)})
-        values = {"transformer.wte.weight": gpt2.lm_head.weight}
-        assert names_in_files(gpt2, values, files) == {"transformer.wte.weight": []}
 
     def test_not_in_files_are_recorded(self, load, tmp_path):
         loaded = load("causal-lm")
@@ -278,7 +243,7 @@ class TestNames:
         assert found.not_in_files == ["model.norm.weight"]
         assert "score/model.norm.weight" in found.tensors
 
-    def test_kept_twice_are_scored_twice(self, gpt2, load, tmp_path):
+    def test_kept_twice_are_scored_twice(self, load, tmp_path):
         loaded = load("causal-lm")
         loaded.model.lm_head.weight = loaded.model.model.embed_tokens.weight
         tied = loaded.model.state_dict(keep_vars=True)
@@ -290,6 +255,107 @@ class TestNames:
         )
         write_measurement(tmp_path / "snapshot", found, {})
         assert len(read_snapshot(tmp_path / "snapshot").names) == len(tied)
+
+
+class TestTargets:
+    def test_scores_are_those_of_measuring_all(self, loaded):
+        every = measure_importance(loaded, EXAMPLES, MeasureOptions(batch_size=3)).tensors
+        pattern = "*.0.*bias" if loaded.options.kind == "classifier" else "*.0.*weight"
+        options = MeasureOptions(batch_size=3, targets=(pattern, "*[Nn]orm*"))
+        found = measure_importance(loaded, EXAMPLES, options).tensors
+        assert 0 < len(found) < len(every)
+        assert tiny.same(dict(found), {key: every[key] for key in found})
+        assert {key for key in every if ".0." in key and key.endswith(pattern[-4:])} <= set(found)
+
+    def test_no_other_gradient_is_made(self, load):
+        loaded = load("causal-lm")
+        made = []
+        for name, parameter in loaded.model.named_parameters():
+            parameter.register_hook(lambda gradient, name=name: made.append(name))
+        frozen = loaded.model.model.norm.weight.requires_grad_(False)
+        options = MeasureOptions(batch_size=7, targets=("*.1.*proj.weight",))
+        found = measure_importance(loaded, EXAMPLES, options)
+        assert {f"score/{name}" for name in made} == found.tensors.keys()
+        assert len(made) == 7
+        # What was frozen stays so, and nothing else is.
+        assert [p for p in loaded.model.parameters() if not p.requires_grad] == [frozen]
+
+    def test_that_the_loss_does_not_reach(self, load):
+        loaded = load("causal-lm")
+        loaded.model.register_parameter("idle", torch.nn.Parameter(torch.ones(2)))
+        options = MeasureOptions(targets=("idle",))
+        with pytest.raises(TrainingError, match="depends on none"):
+            measure_importance(loaded, EXAMPLES, options)
+        found = measure_importance(loaded, EXAMPLES, MeasureOptions(targets=("idle", "*norm*")))
+        assert torch.equal(found.tensors["score/idle"], torch.zeros(2))
+
+    def test_without_a_match(self, load):
+        options = MeasureOptions(targets=("*norm*", "query"))
+        with pytest.raises(CheckpointError, match=r"query: try \*query\*"):
+            measure_importance(load("classifier"), EXAMPLES, options)
+
+    def test_are_recorded(self, load, tmp_path):
+        options = MeasureOptions(targets=("*norm*", "lm_head.weight"))
+        found = measure_importance(load("causal-lm"), EXAMPLES, options)
+        write_measurement(tmp_path / "s", found, {})
+        details = json.loads((tmp_path / "s/importance.json").read_text())
+        assert details["targets"] == ["*norm*", "lm_head.weight"]
+        assert len(read_snapshot(tmp_path / "s").names) == 6
+
+
+class TestExperts:
+    @pytest.fixture(scope="class")
+    def base(self, tmp_path_factory):
+        config = {
+            "model_type": "mixtral",
+            "intermediate_size": 24,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "num_key_value_heads": 1,
+            "max_position_embeddings": 96,
+            **SIZES,
+        }
+        words = TokenizerOptions(kind="bytes", vocabulary_size=300)
+        options = ModelOptions(
+            kind="causal-lm", config=config, tokenizer=words, max_output_tokens=6
+        )
+        folder = tmp_path_factory.mktemp("experts")
+        return make_base(options, [e.input for e in EXAMPLES], folder / "base", seed=0)
+
+    def test_are_scored_one_by_one_as_the_files_keep_them(self, base, tmp_path):
+        loaded = load_model(base, [], seed=0)
+        loaded.model.save_pretrained(tmp_path / "m", max_shard_size="20KB")
+        files = open_source(tmp_path / "m")
+        found = measure_importance(loaded, EXAMPLES, MeasureOptions(batch_size=3), files)
+        assert found.tensors.keys() == {f"score/{name}" for name in files.names()}
+        assert found.not_in_files == []
+        write_measurement(tmp_path / "s", found, {})
+        scores = open_scores(tmp_path / "s")
+        assert all(scores.info(name).shape == files.info(name).shape for name in files.names())
+        # By plain autograd on the stacked tensors, taken apart by hand.
+        steps = batch_gradients(loaded, EXAMPLES, 3)
+        pairs = steps["model.layers.1.mlp.experts.gate_up_proj"]
+        stacked = sum(oracles.step_sensitivity(w, g, "first") for w, g in pairs) / 3
+        for expert in range(4):
+            for part, rows in (("w1", slice(0, 24)), ("w3", slice(24, 48))):
+                name = f"model.layers.1.block_sparse_moe.experts.{expert}.{part}.weight"
+                score = found.tensors[f"score/{name}"].double()
+                expected = stacked[expert, rows]
+                torch.testing.assert_close(score, expected, rtol=1e-4, atol=1e-10)
+                assert float(expected.sum()) > 0
+                kept = scores.read(name, 0, score.numel())
+                assert torch.equal(kept.double(), score.reshape(-1))
+
+    def test_may_be_targets(self, base, tmp_path):
+        loaded = load_model(base, [], seed=0)
+        loaded.model.save_pretrained(tmp_path)
+        options = MeasureOptions(targets=("*.experts.3.w2.*",), average="ema")
+        found = measure_importance(loaded, EXAMPLES, options, open_source(tmp_path))
+        assert sorted(found.tensors) == [
+            f"{kind}/model.layers.{layer}.block_sparse_moe.experts.3.w2.weight"
+            for kind in ("sensitivity", "uncertainty")
+            for layer in range(2)
+        ]
 
 
 class TestNonfinite:
@@ -310,12 +376,77 @@ class TestNonfinite:
 
     def test_raise_names_batch_and_parameter(self, load):
         options = MeasureOptions(batch_size=2, nonfinite="raise")
-        with pytest.raises(TrainingError, match=r"batch 2 is not finite, in lm_head\.weight\."):
+        match = r"batch 2 cannot be used: w\*g is not finite in lm_head\.weight\."
+        with pytest.raises(TrainingError, match=match):
             measure_importance(self.spoilt(load, 2), EXAMPLES, options)
+
+    @pytest.mark.parametrize("average", ["mean", "ema"])
+    def test_beginning_anew_is_said_and_gives_the_same(self, load, average):
+        said, counts = [], []
+        options = MeasureOptions(batch_size=2, average=average)
+        found = measure_importance(
+            self.spoilt(load, 3),
+            EXAMPLES,
+            options,
+            on_batch=counts.append,
+            say=said.append,
+        )
+        (text,) = said
+        assert text == (
+            "batch 3 is left out, w*g is not finite in lm_head.weight: measuring anew, which takes "
+            "longer"
+        )
+        assert counts == [2, 2, 2, 1]
+        rest = [*EXAMPLES[:4], *EXAMPLES[6:]]
+        expected = measure_importance(load("causal-lm"), rest, options)
+        assert tiny.same(dict(found.tensors), dict(expected.tensors))
+
+    def test_row_that_overflows_on_the_way_back_alone(self, load):
+        loaded = load("causal-lm")
+        rows = [row["input_ids"] for row in training_features(loaded, EXAMPLES)]
+        seen = [token for row in rows for token in row[:-2]]
+        token = next(token for token in seen if sum(token in row for row in rows) < 4)
+        with torch.no_grad():  # its norm is infinite, and what is divided by that is zero
+            loaded.model.model.embed_tokens.weight[token] = 3e38
+        options = MeasureOptions(batch_size=1)
+        found = measure_importance(loaded, EXAMPLES, options)
+        rest = [e for e, row in zip(EXAMPLES, rows, strict=True) if token not in row]
+        assert found.num_skipped == len(EXAMPLES) - len(rest) > 0
+        expected = measure_importance(loaded, rest, options)
+        assert expected.num_skipped == 0
+        assert tiny.same(dict(found.tensors), dict(expected.tensors))
+
+    def test_loss_that_is_not_finite(self, load):
+        loaded = load("causal-lm")
+        with torch.no_grad():
+            loaded.model.model.norm.weight.mul_(1e38)
+            loaded.model.lm_head.weight.mul_(1e38)
+        said = []
+        with pytest.raises(TrainingError, match="of all 4 batches are not finite"):
+            measure_importance(loaded, EXAMPLES, MeasureOptions(batch_size=2), say=said.append)
+        assert said == []
+        options = MeasureOptions(batch_size=2, nonfinite="raise")
+        with pytest.raises(TrainingError, match="batch 1 cannot be used: its loss is nan"):
+            measure_importance(loaded, EXAMPLES, options)
+
+    @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+    def test_weights_are_refused_by_name(self, load, value, tmp_path):
+        loaded = load("causal-lm")
+        with torch.no_grad():
+            loaded.model.model.norm.weight[3] = value
+        with pytest.raises(CheckpointError, match=r"NaN or infinity:\n  - model\.norm\.weight$"):
+            measure_importance(loaded, EXAMPLES, MeasureOptions())
+        loaded.model.save_pretrained(tmp_path)
+        match = rf"model\.norm\.weight in {tmp_path}/model\.safetensors$"
+        with pytest.raises(CheckpointError, match=match):
+            measure_importance(loaded, EXAMPLES, MeasureOptions(), open_source(tmp_path))
+        # What is not looked at may be as it is, if it does no harm.
+        with pytest.raises(TrainingError, match="nothing was measured"):
+            measure_importance(loaded, EXAMPLES, MeasureOptions(targets=("*.0.*",)))
 
     def test_nothing_left_is_an_error(self, load):
         options = MeasureOptions(batch_size=4)
-        with pytest.raises(TrainingError, match="all 2 batches are not finite"):
+        with pytest.raises(TrainingError, match="of all 2 batches are not finite"):
             measure_importance(self.spoilt(load, 1, 2), EXAMPLES, options)
 
 
@@ -329,7 +460,13 @@ class TestRefused:
 
     @pytest.mark.parametrize(
         "options",
-        [{"average": "median"}, {"sensitivity": "third"}, {"nonfinite": "keep"}, {"batch_size": 0}],
+        [
+            {"average": "median"},
+            {"sensitivity": "third"},
+            {"nonfinite": "keep"},
+            {"batch_size": 0},
+            {"dtype": "float16"},
+        ],
     )
     def test_options(self, options):
         with pytest.raises(ValueError, match=next(iter(options))):
@@ -348,13 +485,41 @@ class TestSnapshot:
             "version": 1,
             "model": "org/name",
             "options": {"average": "mean", "sensitivity": "first"},
+            "targets": [],
             "dtype": "float32",
+            "model_dtype": "float32",
             "batch_size": 3,
             "samples": 7,
             "batches": 3,
             "skipped_batches": 0,
             "not_in_files": [],
         }
+
+    def test_half_the_size(self, load, tmp_path):
+        loaded = load("causal-lm")
+        found = measure_importance(loaded, EXAMPLES, MeasureOptions(dtype="bfloat16"))
+        assert {tensor.dtype for tensor in found.tensors.values()} == {torch.float32}
+        write_measurement(tmp_path / "s", found, {})
+        kept = safetensors.torch.load_file(tmp_path / "s/importance.safetensors")
+        expected = {key: value.bfloat16() for key, value in found.tensors.items()}
+        assert tiny.same(kept, expected)
+        details = json.loads((tmp_path / "s/importance.json").read_text())
+        assert (details["dtype"], details["model_dtype"]) == ("bfloat16", "float32")
+
+    @pytest.mark.parametrize("average", ["mean", "ema"])
+    def test_shards_are_those_of_the_model(self, loaded, tmp_path, average):
+        loaded.model.save_pretrained(tmp_path / "m", max_shard_size="8KB")
+        files = open_source(tmp_path / "m")
+        assert len(files.files) > 1
+        found = measure_importance(loaded, EXAMPLES, MeasureOptions(average=average), files)
+        write_measurement(tmp_path / "s", found, {})
+        for file, names in files.files.items():
+            kept = safetensors.torch.load_file(
+                tmp_path / "s" / file.replace("model-", "importance-")
+            )
+            assert {key.partition("/")[2] for key in kept} == set(names)
+            assert all(torch.equal(kept[key], found.tensors[key]) for key in kept)
+        assert read_snapshot(tmp_path / "s").names == tuple(sorted(files.names()))
 
     def test_smoothed_one_gives_the_product(self, load, tmp_path):
         options = MeasureOptions(average="ema", sensitivity="mixed")

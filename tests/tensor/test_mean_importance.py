@@ -120,6 +120,8 @@ def test_weights_and_gradients_are_left_alone():
 def test_reset_forgets_all_batches():
     weights, batches = random_batches(3)
     accumulator = accumulated(weights, batches[:2])
+    accumulator.begin()
+    accumulator.take("vector", weights[1], torch.full((11,), torch.nan))
     accumulator.reset()
     assert accumulator.num_batches == 0
     assert accumulator.update(weights, batches[2])
