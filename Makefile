@@ -34,3 +34,6 @@ format: setup
 bench: setup
 	$(PYTHON) tests/bench/training_cost.py
 	$(PYTHON) tests/bench/chain_cost.py
+	$(PYTHON) tests/bench/importance_memory.py
+	$(PYTHON) tests/bench/merge_cost.py
+	$(PYTHON) tests/bench/prune_cost.py
