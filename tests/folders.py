@@ -12,7 +12,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from kifmerge.checkpoint.provenance import digest, write_provenance
+from kifmerge.checkpoint.digest import digest
+from kifmerge.checkpoint.provenance import write_provenance
 from kifmerge.checkpoint.snapshot import write_snapshot
 
 SHAPES = {"b.weight": (5, 7), "a.weight": (3, 4), "a.bias": (4,), "c.empty": (0, 2), "d": ()}
@@ -65,15 +66,23 @@ def load(directory: Path) -> dict[str, Tensor]:
     return loaded
 
 
-def snapshot(directory: Path, seed: int, tensors: Mapping[str, Tensor], **details: Any) -> Path:
-    """Random sensitivity and uncertainty of some tensors."""
+def snapshot(
+    directory: Path,
+    seed: int,
+    tensors: Mapping[str, Tensor],
+    *,
+    num_shards: int = 1,
+    **details: Any,
+) -> Path:
+    """Random sensitivity and uncertainty of some tensors, dealt out to shards in turn."""
     generator = torch.Generator().manual_seed(1000 + seed)
     kept = {
         f"{kind}/{name}": torch.rand(value.shape, generator=generator)
         for kind in ("sensitivity", "uncertainty")
         for name, value in tensors.items()
     }
-    write_snapshot(directory, kept, details)
+    shards = [list(kept)[number::num_shards] for number in range(num_shards)]
+    write_snapshot(directory, kept, details, shards=shards)
     return directory
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kifmerge.errors import RecipeError, RunError
-from kifmerge.phases.presets import PRESETS
+from kifmerge.phases.presets import PRESETS, KifOptions
 from kifmerge.phases.tokenizer import TokenizerOptions
 from kifmerge.phases.train import TrainingOptions
 from kifmerge.recipe import load_recipe, parse_recipe
@@ -63,6 +63,7 @@ class TestMistakes:
             training={"epoch": 2, "batch_size": "many"},
             model={"kind": "causal-ml", "reference": "org/name", "lora": {"target": "q"}},
             recurrent={"preset": "papre"},
+            kif={"units": "layer"},
             tasks=[{"name": "a", "train": "a.jsonl", "tset": "b.jsonl"}],
         )
         text = "\n".join(found)
@@ -74,11 +75,12 @@ class TestMistakes:
             "model.lora.target: unknown key: did you mean targets?",
             "model.lora.targets: missing",
             "recurrent.preset: 'papre' is none of kifmerge, released, paper",
+            "kif.units: unknown key: did you mean unit?",
             "tasks[0].tset: unknown key: did you mean test?",
             "tasks.0.test: missing",
         ):
             assert expected in text, expected
-        assert len(found) == 9
+        assert len(found) == 10
 
     def test_key_without_a_near_one_lists_the_known(self, problems):
         (found,) = problems(memory={"zzz": 1})
@@ -110,6 +112,9 @@ class TestMistakes:
             ({"recurrent": ["preset", "paper"]}, "recurrent"),
             ({"recurrent": {"preset": ["paper"]}}, "recurrent.preset"),
             ({"recurrent": {"rule": "ties"}}, "recurrent.rule"),
+            ({"kif": "lora-rank"}, "kif"),
+            ({"kif": {"unit": "head"}}, "kif.unit"),
+            ({"kif": {"orthogonality": "much"}}, "kif.orthogonality"),
             ({"recurrent": {"shared_weights": [1.0]}}, "recurrent.shared_weights"),
         ],
     )
@@ -126,6 +131,9 @@ class TestMistakes:
             ({"recurrent": {"important_fraction": 2}}, "important_fraction must lie in"),
             ({"recurrent": {"temperature": 0}}, "temperature must be positive"),
             ({"recurrent": {"new_betas": [1.5, 0.5]}}, "beta"),
+            ({"kif": {"betas": [1.5, 0.5]}}, "beta"),
+            ({"kif": {"shared_weights": [1, 1]}}, "two numbers that add up to 1"),
+            ({"kif": {"memory_steps": 0}}, "memory_steps must be at least 1, found 0"),
             ({"seeds": []}, "seeds: expected at least one"),
             ({"seeds": [1, 1]}, "seeds: expected at least one, each once"),
             ({"methods": ["sequential", "sequential"]}, "methods: expected at least one, each"),
@@ -277,6 +285,36 @@ class TestSettings:
     def test_value_that_is_no_yaml(self, load, setting):
         with pytest.raises(RecipeError, match=r"--set (seeds|name)="):
             load(settings=[setting])
+
+
+LORA_MODEL = {**MINIMAL["model"], "lora": {"targets": ["q_proj"]}}
+
+
+class TestKif:
+    def test_default(self, load):
+        assert load().kif == KifOptions()
+        assert load(kif={}, methods=["kif", "kif-adaptive", "kif-m"]).kif == KifOptions()
+
+    def test_options(self, load):
+        section = {"unit": "lora-rank", "shared_weights": [0.1, 0.9], "memory_steps": 9}
+        kif = load(model=LORA_MODEL, kif=section, settings=["kif.sensitivity=first"]).kif
+        assert kif == KifOptions(
+            unit="lora-rank", shared_weights=(0.1, 0.9), memory_steps=9, sensitivity="first"
+        )
+        assert load(model=LORA_MODEL, kif=section).sequence().kif.unit == "lora-rank"
+
+    @pytest.mark.parametrize(
+        ("section", "found"),
+        [
+            ({"unit": "lora-rank"}, "kif.unit: lora-rank needs an adapter: expected model.lora"),
+            ({"orthogonality": 0.2}, "kif.orthogonality: expected model.lora"),
+        ],
+    )
+    def test_ranks_need_an_adapter(self, load, problems, section, found):
+        (line,) = problems(kif=section)
+        assert line.startswith(found)
+        assert load(kif=section, model=LORA_MODEL).kif.orthogonality_weight > 0
+        assert load(kif={"unit": "layer", "orthogonality": 0}).kif.unit == "layer"
 
 
 class TestPresets:

@@ -188,6 +188,7 @@ class _OpenFile:
         first, self.placed = header_of(infos)
         path.write_bytes(first)
         self._lock = threading.Lock()
+        self._write_lock = threading.Lock()
         self._hash: Any = hashlib.sha256(first)
         end = len(first) + sum(info.nbytes for _, info in infos)
         self._span = _Span(path.name, len(first), end)
@@ -205,7 +206,9 @@ class _OpenFile:
             hashed = self._span.position
             self._span.take(offset, offset + len(content), name)
             self._hash_in_order(hashed, offset, content)
-        self._write(offset, memoryview(content))
+        # One at a time: threads that write to one file wait for each other spinning.
+        with self._write_lock:
+            self._write(offset, memoryview(content))
 
     def _hash_in_order(self, hashed: int, offset: int, content: Any) -> None:
         if self._hash is None:

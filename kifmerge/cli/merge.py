@@ -161,6 +161,7 @@ def merge(
     from kifmerge.phases.inputs import MergeInputs
     from kifmerge.phases.merge import Merge, MergeOptions
     from kifmerge.phases.rebuild import recorded_merge
+    from kifmerge.phases.rules import RULES
 
     expected = None
     told: dict[str, Any] = {
@@ -177,7 +178,12 @@ def merge(
     }
     with as_usage():
         if file is not None:
-            _refuse_beside_file(rule, base, new, historical, model, given(told))
+            _refuse_beside_file(
+                rule, base, new, historical, model, given(told), new_importance,
+                historical_importance, importance, new_mask, historical_mask, mask, new_units,
+                historical_units, units, historical_parent, unscored, space, allow,
+                nonfinite != "refuse", config_from, shard_size, dtype,
+            )  # fmt: skip
             recorded = recorded_merge(file)
             inputs, options, further = recorded.inputs, recorded.rule, recorded.options
             expected = recorded.content
@@ -194,6 +200,11 @@ def merge(
                 config_from=config_from,
             )
             options = _rule_options(rule, given(told), inputs)
+            if historical_parent and not (inputs.is_two_sided and RULES[options.rule].needs_base):
+                raise ValueError(
+                    "--historical-parent goes with --new and --historical under a rule on task "
+                    "vectors"
+                )
             further = MergeOptions(
                 historical_parent=historical_parent,
                 unscored=unscored,
@@ -203,8 +214,7 @@ def merge(
                 shard_bytes=None if shard_size is None else parse_bytes(shard_size),
                 dtype=dtype,
             )
-        inputs.check(options)
-    merging = Merge(inputs, options, further, num_workers=workers)
+        merging = Merge(inputs, options, further, num_workers=workers)
     plan = merging.plan()
     if dry_run:
         print_mapping(dataclasses.asdict(plan), json_output=json_output)
@@ -223,7 +233,7 @@ def _refuse_beside_file(*others: Any) -> None:
         ValueError: there are some.
     """
     if any(others):
-        raise ValueError("the file says which rule and which models: leave out those options")
+        raise ValueError("the file says what is merged and how: leave out those options")
 
 
 def _models(
@@ -286,6 +296,8 @@ def _rule_options(
             raise ValueError(f"{flag} means nothing to {rule}")
         if inputs.masks and option in ("important_fraction", "scope"):
             raise ValueError(f"{flag} means nothing beside masks, which are made already")
+        if inputs.units and option == "scope":
+            raise ValueError(f"{flag} means nothing beside units, which have one threshold")
         if option == "shared_weights" and not inputs.is_two_sided:
             raise ValueError(f"{flag} goes with --new and --historical: give --weight")
         if option == "weights" and inputs.is_two_sided and not _is_baseline(name):

@@ -143,6 +143,12 @@ class Merge:
         self.inputs = inputs
         self.rule = rule
         self.options = options or MergeOptions()
+        if self.options.unscored == "base" and inputs.base is None:
+            raise ValueError("there is no base whose tensors without scores could be taken")
+        if self.options.unscored == "new" and not inputs.is_two_sided:
+            raise ValueError(
+                "no model is the new one, whose tensors without scores are to be taken"
+            )
         self._open = OpenInputs(
             inputs,
             rule,

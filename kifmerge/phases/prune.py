@@ -155,20 +155,42 @@ class Prune:
         """Tensors, passes, bytes and memory, known from headers alone."""
         infos = [self._evidence.info(name) for name in self._evidence.names()]
         mask_bytes = sum(-(-info.numel // 8) for info in infos)
-        weight_bytes = _num_bytes(self._base)
         # Two passes for the threshold, one to mark, one to prune.
         importance_passes = 0 if self._scores is None else 3 + (self._base is not None)
         importance_bytes = 0 if self._scores is None else self._scores.num_bytes
+        weight_bytes = _num_bytes(self._base)
+        judged = [] if self._base is None else [self._base.source.info(n) for n in self._judged]
+        copied_bytes = weight_bytes - sum(info.nbytes for info in judged)
         return {
             "num_tensors": len(infos),
             "num_parameters": sum(info.numel for info in infos),
             "importance_passes": importance_passes,
             "weight_passes": 0 if self._base is None else 1,
-            "read_bytes": importance_passes * importance_bytes + 2 * weight_bytes,
+            "read_bytes": importance_passes * importance_bytes
+            + weight_bytes
+            + _num_bytes(self._model)
+            + copied_bytes,
             "write_bytes": mask_bytes + weight_bytes,
             "peak_memory_bytes": peak_bytes()
             + max(self._num_workers, 1) * max(5 * COUNTED_BYTES, 6 * CPU_PIECE_BYTES),
         }
+
+    @property
+    def _judged(self) -> list[str]:
+        """Names of the base's tensors that the mask speaks of, in the order of its files."""
+        assert self._base is not None
+        scored = frozenset(self._evidence.names())
+        return [name for name in self._base.source.names() if name in scored]
+
+    def _made_by(self) -> dict[str, Any]:
+        """What is recorded of how the output is made. Reads all that has not been read yet."""
+        sources = {
+            "importance": self._scores,
+            "model": self._model and self._model.source,
+            "base": self._base and self._base.source,
+        }
+        digests = {role: source.fingerprint() for role, source in sources.items() if source}
+        return made_by("prune", asdict(self.options), asdict(self.inputs), digests)
 
     def run(
         self,
@@ -187,12 +209,11 @@ class Prune:
             CheckpointError: NaN or infinity, or tensors without scores that differ.
             TryAgainError: the disk has no room.
         """
-        parents = asdict(self.inputs)
-        for path in filter(None, parents.values()):
+        for path in filter(None, asdict(self.inputs).values()):
             if out_dir.resolve() in [path.resolve(), *path.resolve().parents]:
                 raise RunError(f"{out_dir} holds an input, {path}: choose another folder")
-        wanted = made_by("prune", asdict(self.options), parents)
-        if is_made(out_dir, DETAIL_FILE, wanted, overwrite=overwrite):
+        # Asked only of what is there: the answer takes all digests.
+        if out_dir.exists() and is_made(out_dir, DETAIL_FILE, self._made_by(), overwrite=overwrite):
             return _figures(read_details(out_dir / DETAIL_FILE)), False
         refuse_full_disk(out_dir, self.plan()["write_bytes"])
         with (
@@ -201,8 +222,8 @@ class Prune:
         ):
             mask = self._find_mask(workers)
             if self._model is not None and self._base is not None:
-                self._prune_into(temporary / CHECKPOINT_FOLDER, mask, wanted, workers)
-            details = self._write_mask(temporary, mask, wanted, workers, on_progress)
+                self._prune_into(temporary / CHECKPOINT_FOLDER, mask, workers)
+            details = self._write_mask(temporary, mask, workers, on_progress)
         return _figures(details), True
 
     def _find_mask(self, workers: Workers) -> _Mask:
@@ -222,11 +243,11 @@ class Prune:
         self,
         directory: Path,
         mask: _Mask,
-        wanted: Mapping[str, Any],
         workers: Workers,
         on_progress: OnProgress,
     ) -> dict[str, Any]:
         names = self._evidence.names()
+        wanted = self._made_by()
         parent = wanted["parents"]["units" if self._scores is None else "importance"]
         details = {
             "fraction": self.options.important_fraction,
@@ -252,16 +273,14 @@ class Prune:
         sink.commit()
         return details
 
-    def _prune_into(
-        self, directory: Path, mask: _Mask, wanted: Mapping[str, Any], workers: Workers
-    ) -> None:
+    def _prune_into(self, directory: Path, mask: _Mask, workers: Workers) -> None:
         assert self._base is not None
         assert self._model is not None
         base, model = self._base.source, self._model.source
         directory.mkdir()
         weights = Weights(base=base, models=[model], nonfinite=self.options.nonfinite)
-        scored = frozenset(self._evidence.names())
-        unscored = [name for name in base.names() if name not in scored]
+        judged = self._judged
+        unscored = [name for name in base.names() if name not in frozenset(judged)]
         choice: Literal["base", "new"] | None
         choice = "new" if self.options.unscored == "model" else self.options.unscored
         copies = UnscoredTensors(unscored, weights, choice, workers)
@@ -281,7 +300,8 @@ class Prune:
             for part, values in split_piece(pruned, piece):
                 sink.add(part.name, part.start, values)
 
-        for _ in workers.map(prune_piece, pieces(base, [n for n in base.names() if n in scored])):
+        work = pieces(base, judged, kind_of=lambda name: model.info(name).dtype)
+        for _ in workers.map(prune_piece, work):
             pass
         copies.copy(unscored, sink)
         sink.commit()
@@ -291,7 +311,7 @@ class Prune:
             directory,
             {
                 **self._base.provenance,
-                "made_by": wanted,
+                "made_by": self._made_by(),
                 "files": files,
                 "kifmerge": importlib.metadata.version("kifmerge"),
             },

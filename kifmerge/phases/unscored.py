@@ -88,12 +88,10 @@ class UnscoredTensors:
 
     def copy(self, names: Iterable[str], sink: Sink) -> None:
         """Hand on some of the tensors, in their order; not committed here."""
+        mean = FusionOptions(rule="linear" if self._weights.base is None else "average")
         for name in names:
             if self._choice == "average" and name in self.differing:
-                fuse(
-                    [name], self._weights, NOTHING, FusionOptions(rule="average"), sink,
-                    workers=self._workers,
-                )  # fmt: skip
+                fuse([name], self._weights, NOTHING, mean, sink, workers=self._workers)
                 continue
             source = self._weights.models[0] if self._choice == "new" else self._weights.sources[0]
             _copy(name, source, sink)

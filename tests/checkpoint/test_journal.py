@@ -71,6 +71,12 @@ def record(name, content, **more):
     return {"name": name, "num_bytes": len(content), "sha256": sha256, **more}
 
 
+@pytest.fixture(autouse=True)
+def quick_flush(monkeypatch):
+    """Bringing files to the disk takes time, and changes nothing that can be seen here."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
 @pytest.fixture
 def folder(tmp_path):
     return Folder(tmp_path)

@@ -96,7 +96,7 @@ MOMENTS = {
     "saving the first weights": (LoadedModel, "save", 1),
     "saving weights": (LoadedModel, "save", 3),
     "saving state": (resumable, "write_state", 4),
-    "flushing a file": (atomic, "_flush", 60),
+    "flushing a file": (atomic, "flush", 60),
     "removing the checkpoint before": (resumable.shutil, "rmtree", 5),
 }
 

@@ -11,9 +11,8 @@ import synthetic
 import yaml
 
 from kifmerge.errors import DataError
+from kifmerge.phases.methods import METHODS, MethodName
 from kifmerge.phases.sequence import (
-    METHODS,
-    MethodName,
     TaskSequence,
     at_once_folder,
     method_stages,
@@ -67,7 +66,7 @@ def test_label_that_a_classifier_s_training_never_shows(tmp_path):
 class TestFolders:
     def test_names(self, tmp_path):
         tasks = [Task(TaskOptions(name=n, train="", test="")) for n in ("one", "two", "three")]
-        stages = method_stages(tmp_path / "start", tmp_path / "own", tasks)
+        stages = method_stages(tmp_path / "start", tmp_path / "own", tasks, METHODS["sequential"])
         assert [str(stage.relative_to(tmp_path)) for stage in stages] == [
             "start/00-before",
             "start/01-one",
@@ -165,9 +164,9 @@ class TestMemory:
             seen[options["seed"]] = [example.output for example in memory]
             return train_task(loaded, examples, memory, *rest, **options)
 
-        from kifmerge.phases.sequence import train_task
+        from kifmerge.phases.stage import train_task
 
-        monkeypatch.setattr("kifmerge.phases.sequence.train_task", watch)
+        monkeypatch.setattr("kifmerge.phases.stage.train_task", watch)
         recipe_path = synthetic.write_recipe(tmp_path, ["colours", "sizes", "sounds"])
         synthetic.run(recipe_path, tmp_path / "run", ["methods=[recurrent-kif]"])
         # A fifth of 24 rows: two of each label, task after task.

@@ -1,4 +1,4 @@
-"""The commands prune and merge: exit codes, streams, and what is refused."""
+"""The merge command: exit codes, streams, and what is refused."""
 
 from __future__ import annotations
 
@@ -13,25 +13,30 @@ import typing
 from pathlib import Path
 
 import folders
+import merges
 import pytest
+import synthetic
 import torch
 from typer.testing import CliRunner
 
 from kifmerge.checkpoint.snapshot import write_snapshot
 from kifmerge.cli import app
-from kifmerge.cli.fuse import RuleName
-from kifmerge.phases.presets import RecurrentOptions
-from kifmerge.phases.rules import RULES
+from kifmerge.cli.merge import RuleName
+from kifmerge.phases.presets import KifOptions, RecurrentOptions
+from kifmerge.phases.rules import RULES, FusionOptions
 
 SHAPES = {"a.weight": (30, 20), "b.weight": (50,)}
+LAYERED = {
+    "h.0.a.weight": (30, 20), "h.0.b.weight": (5,), "h.1.a.weight": (9,), "h.1.b.weight": (5, 4),
+    "h.2.a.weight": (4,), "head.weight": (7,),
+}  # fmt: skip
 KILLED = """
 import sys
-from kifmerge.checkpoint import pieces
 from kifmerge.cli import app
-from kifmerge.phases import fuse
+from kifmerge.phases import fuse, merge
 import time
 
-pieces.CPU_PIECE_BYTES = 64
+merge.CPU_PIECE_BYTES, merge.LEAST_PIECE_BYTES = 64, 1
 split = fuse.split_piece
 
 
@@ -49,17 +54,13 @@ app()
 
 @pytest.fixture
 def folder(tmp_path):
-    for number, role in enumerate(("base", "new", "historical")):
-        folders.save(tmp_path / role, folders.random_tensors(number, SHAPES))
-    for seed, side in enumerate(("new", "historical")):
-        tensors = folders.random_tensors(0, SHAPES)
-        folders.snapshot(tmp_path / f"{side}-importance", seed, tensors, role=side)
+    merges.Files(tmp_path).write(shapes=SHAPES)
     return tmp_path
 
 
 def arguments(folder, *more, rule="recurrent-kif", evidence="importance", out="out"):
-    roles = [x for role in ("base", "new", "historical") for x in (f"--{role}", folder / role)]
-    sides = ("new", "historical") if evidence else ()
+    roles = [x for role in ("base", *merges.TWO) for x in (f"--{role}", folder / role)]
+    sides = merges.TWO if evidence else ()
     given = [x for s in sides for x in (f"--{s}-{evidence}", folder / f"{s}-{evidence}")]
     return ["merge", "--rule", rule, *roles, *given, "--out", folder / out, *more]
 
@@ -68,10 +69,9 @@ def invoke(*given):
     return CliRunner().invoke(app, [str(argument) for argument in given])
 
 
-def prune(folder, *more, side="new", out="new-mask"):
-    return invoke(
-        "prune", "--importance", folder / f"{side}-importance", "--out", folder / out, *more
-    )
+def spoken(result):
+    """What it says on stderr, in one line and without frames."""
+    return " ".join(result.stderr.replace("\u2502", " ").split())
 
 
 class TestMerge:
@@ -102,8 +102,10 @@ class TestMerge:
         assert result.exit_code == 0
         plan = json.loads(result.stdout)
         assert (plan["num_tensors"], plan["write_bytes"]) == (2, 4 * 650)
-        assert plan["read_bytes"] == 6 * 4 * 650 + 4 * 2 * 8 * 650
-        assert (plan["weight_passes"], plan["importance_passes"]) == (2, 4)
+        assert plan["read_bytes"] == 3 * 4 * 650 + 3 * 2 * 8 * 650
+        assert (plan["weight_passes"], plan["importance_passes"]) == (1, 3)
+        assert (plan["num_models"], plan["num_files"]) == (2, 1)
+        assert 50_000_000 < plan["peak_memory_bytes"] < 1_000_000_000
         assert sorted(folder.iterdir()) == before
 
     def test_dry_run_finds_what_does_not_fit(self, folder):
@@ -130,18 +132,43 @@ class TestMerge:
             (["--shared-weights", "1,1"], "recurrent-kif"),
             (["--historical-parent", "new"], "recurrent-kif"),
             (["--temperature", "2.5"], "recurrent-kif-adaptive"),
+            (["--important-fraction", "1"], "kif"),
+            (["--shared-weights", "0.9,0.1"], "kif"),
+            (["--unit", "layer"], "kif-adaptive"),
+            (["--temperature", "0.01"], "kif-adaptive"),
+            (["--historical-parent", "new"], "average"),
+            (["--weight", "1", "--weight", "3"], "linear"),
+            (["--no-normalise"], "linear"),
+            (["--weight", "1", "--weight", "-1"], "task-arithmetic"),
+            (["--scale", "0.5"], "task-arithmetic"),
+            (["--density", "0.7"], "ties"),
+            (["--scope", "tensor"], "ties"),
+            (["--scale", "0.5"], "magmax"),
         ],
         ids=lambda value: value[0] if isinstance(value, list) else value,
     )
     def test_every_option_matters(self, folder, more, rule):
-        assert invoke(*arguments(folder, rule=rule)).exit_code == 0
-        assert invoke(*arguments(folder, *more, rule=rule, out="other")).exit_code == 0
-        first, other = (folders.load(folder / out)["a.weight"] for out in ("out", "other"))
-        assert not torch.equal(first, other)
+        merges.Files(folder).write(shapes=LAYERED)
+        for seed, side in enumerate(merges.TWO):
+            scores = folders.random_tensors(seed, LAYERED)
+            kept = {f"score/{n}": t.abs() + (n == "head.weight") for n, t in scores.items()}
+            write_snapshot(folder / f"{side}-importance", kept, {})
+        given = {"rule": rule, "evidence": "importance" if "kif" in rule else None}
+        assert invoke(*arguments(folder, **given)).exit_code == 0
+        assert invoke(*arguments(folder, *more, **given, out="other")).exit_code == 0
+        first, other = (folders.load(folder / out) for out in ("out", "other"))
+        assert not merges.same_bits(first, other)
+
+    @pytest.mark.parametrize("more", [["--workers", "1"], ["--workers", "3"], ["--quiet"]], ids=str)
+    def test_other_options_change_nothing(self, folder, more):
+        for out, options in (("one", []), ("two", more)):
+            assert invoke(*arguments(folder, *options, out=out)).exit_code == 0
+        assert synthetic.files(folder / "one") == synthetic.files(folder / "two")
 
     def test_masks_instead_of_snapshots(self, folder):
-        for side in ("new", "historical"):
-            assert prune(folder, side=side, out=f"{side}-mask").exit_code == 0
+        for side in merges.TWO:
+            importance, mask = (folder / f"{side}-{kind}" for kind in ("importance", "mask"))
+            assert invoke("prune", "--importance", importance, "--out", mask).exit_code == 0
         assert invoke(*arguments(folder, evidence="mask")).exit_code == 0
         assert invoke(*arguments(folder, out="by-scores")).exit_code == 0
         first, other = (folders.load(folder / out) for out in ("out", "by-scores"))
@@ -160,32 +187,67 @@ class TestMerge:
     @pytest.mark.parametrize(
         ("more", "rule", "evidence", "match"),
         [
-            ([], "recurrent-kif", None, "takes importance snapshots of both sides"),
+            ([], "recurrent-kif", None, "takes importance snapshots of all models"),
             ([], "average", "importance", "average takes no importance"),
+            ([], "linear", "mask", "linear takes no importance"),
             ([], "recurrent-kif-adaptive", "mask", "takes importance snapshots"),
+            ([], "kif", None, "kif takes units of both sides, or importance snapshots or masks"),
+            ([], "slerp", "importance", "--rule"),
             (["--temperature", "1"], "recurrent-kif", "importance", "--temperature means nothing"),
             (["--redundant", "drop"], "average", None, "--redundant means nothing to average"),
+            (["--density", "0.5"], "magmax", None, "--density means nothing to magmax"),
+            (["--weight", "1", "--weight", "1"], "magmax", None, "--weight means nothing"),
             (["--scope", "tensor"], "recurrent-kif", "mask", "--scope means nothing beside masks"),
+            (["--scope", "tensor"], "recurrent-kif", "units", "nothing beside units"),
+            (["--unit", "layer"], "kif", "units", "--unit goes with importance snapshots"),
             (["--shared-weights", "1"], "recurrent-kif", "importance", "expected two numbers"),
             (["--shared-weights", "a,b"], "recurrent-kif", "importance", "expected two numbers"),
+            (["--shared-weights", "nan,1"], "recurrent-kif", "importance", "must be two numbers"),
+            (["--shared-weights", "1,1"], "kif", "importance", "must add up to 1"),
+            (["--weight", "1"], "recurrent-kif", "importance", "give --shared-weights"),
+            (["--weight", "1"], "linear", None, "one weight for each of 2 models, found 1"),
+            (["--weight", "1", "--weight", "-1"], "linear", None, "must not add up to 0"),
+            (["--weight", "1", "--weight", "nan"], "ties", None, "must be finite numbers"),
+            (["--scale", "inf"], "magmax", None, "scale must be finite"),
             (["--temperature", "0"], "recurrent-kif-adaptive", "importance", "must be positive"),
-            (
-                ["--important-fraction", "1.5"],
-                "recurrent-kif",
-                "importance",
-                "less than or equal to 1",
-            ),
+            (["--important-fraction", "1.5"], "recurrent-kif", "importance", "less than or equal"),
             (["--unscored", "historical"], "recurrent-kif", "importance", "--unscored"),
+            (["--historical-parent", "new"], "linear", None, "under a rule on task vectors"),
             (["--space", "weight"], "recurrent-kif", "importance", "--space"),
-            ([], "ties", "importance", "--rule"),
+            (["--model", "x"], "recurrent-kif", "importance", "--model goes alone"),
+            (["--importance", "x"], "recurrent-kif", None, "--importance goes with --model"),
+            (["--dtype", "float64"], "average", None, "--dtype"),
+            (["--shard-size", "5 shoes"], "average", None, "'5 shoes' is no size"),
+            (["--shard-size", "0"], "average", None, "expected at least one byte"),
+            (["--allow", "shapes"], "average", None, "--allow shapes: expected one of config"),
+            (["--nonfinite", "drop"], "average", None, "--nonfinite"),
+            (["--workers", "0"], "average", None, "--workers"),
         ],
-    )
+    )  # fmt: skip
     def test_mistakes_of_usage_exit_with_2(self, folder, more, rule, evidence, match):
         result = invoke(*arguments(folder, *more, rule=rule, evidence=evidence))
         assert result.exit_code == 2
-        assert match in " ".join(result.stderr.replace("\u2502", " ").split())
+        assert match in spoken(result)
         assert result.stdout == ""
         assert not (folder / "out").exists()
+
+    @pytest.mark.parametrize(
+        ("left_out", "match"),
+        [
+            ("--rule", "give --rule, or the kifmerge.json"),
+            ("--base", "recurrent-kif works on task vectors: it takes a base"),
+            ("--new", "give --new and --historical, or --model once for each"),
+            ("--historical", "give --new and --historical"),
+            ("--new-importance", "found historical importance"),
+            ("--out", "Missing option '--out'"),
+        ],
+    )
+    def test_what_is_missing_exits_with_2(self, folder, left_out, match):
+        words = arguments(folder)
+        place = words.index(left_out)
+        result = invoke(*words[:place], *words[place + 2 :])
+        assert result.exit_code == 2
+        assert match in spoken(result)
 
     @pytest.mark.parametrize(
         ("spoil", "match"),
@@ -239,53 +301,8 @@ class TestMerge:
             assert (process.returncode, left) == (130, [])
             assert "interrupted" in error
         else:
-            assert all(name.startswith(".unfinished-") for name in left)
+            assert left == [".out.unfinished"]
         assert invoke(*arguments(folder)).exit_code == 0
-
-
-class TestPrune:
-    def test_mask_and_figures(self, folder):
-        result = prune(folder, "--json")
-        assert (result.exit_code, result.stderr) == (0, "")
-        figures = json.loads(result.stdout)
-        assert (figures["num_parameters"], figures["fraction"]) == (650, 0.2)
-        assert figures["num_important"] == 130
-        assert {path.name for path in (folder / "new-mask").iterdir()} == {
-            "mask.json", "mask.safetensors",
-        }  # fmt: skip
-
-    def test_pruned_checkpoint(self, folder):
-        result = prune(folder, "--model", folder / "new", "--base", folder / "base")
-        assert result.exit_code == 0
-        found = folders.load(folder / "new-mask/checkpoint")
-        base, new = (folders.load(folder / role) for role in ("base", "new"))
-        kept = sum(int((found[name] != base[name]).sum()) for name in found)
-        assert kept == 130
-        assert all(((found[n] == base[n]) | (found[n] == new[n])).all() for n in found)
-
-    def test_done_says_so(self, folder):
-        first, again = prune(folder), prune(folder)
-        assert (again.exit_code, again.stdout) == (0, first.stdout)
-        assert "is already made" in again.stderr
-
-    def test_dry_run(self, folder):
-        result = prune(folder, "--dry-run", "--json")
-        assert json.loads(result.stdout)["num_parameters"] == 650
-        assert not (folder / "new-mask").exists()
-
-    @pytest.mark.parametrize(
-        "more",
-        [["--model", "x"], ["--base", "x"], ["--unscored", "base"], ["--important-fraction", "2"]],
-        ids=str,
-    )
-    def test_mistakes_of_usage_exit_with_2(self, folder, more):
-        assert prune(folder, *more).exit_code == 2
-        assert not (folder / "new-mask").exists()
-
-    def test_missing_snapshot_exits_with_3(self, tmp_path):
-        result = prune(tmp_path)
-        assert result.exit_code == 3
-        assert "holds no importance snapshot" in result.stderr
 
 
 def truncate(path: Path) -> None:
@@ -293,24 +310,36 @@ def truncate(path: Path) -> None:
 
 
 def given_names():
-    return {"base", "new", "historical", "new-importance", "historical-importance"}
+    return {"base", *merges.TWO, *(f"{side}-importance" for side in merges.TWO)}
 
 
 def test_rules_of_the_command_are_those_of_the_table():
     assert set(typing.get_args(RuleName)) == {*RULES, "recurrent-average"}
 
 
-def test_help_tells_the_defaults_of_the_loop():
+def test_help_tells_the_defaults():
     text = " ".join(invoke("merge", "--help").stdout.split())
-    options = RecurrentOptions()
-    weights = ",".join(map(str, options.shared_weights))
+    options = FusionOptions()
+    weights, kif_weights = (
+        ",".join(map(str, of.shared_weights)) for of in (RecurrentOptions(), KifOptions())
+    )
     for told in (
         f"{options.important_fraction} if not given",
-        f"{weights} if not given",
+        f"{weights}, or {kif_weights} under kif",
         f"{options.temperature} if not given",
-        "halved, the default, or left out" if options.redundant == "average" else "?",
+        f"{options.scale:g} if not given",
+        f"that ties keeps; {options.density}",
+        "averaged, the default, or left out" if options.redundant == "average" else "?",
         "One threshold over the whole model, the default" if options.scope == "global" else "?",
+        "Divide by the sum of the weights: linear does" if options.normalise else "?",
     ):
-        assert told in text
-    every = {field.name for field in dataclasses.fields(options)}
-    assert {option for rule in RULES.values() for option in rule.options} <= every
+        assert told in text, told
+
+
+def test_each_option_of_the_rules_is_one_of_the_command():
+    every = {option for rule in RULES.values() for option in rule.options}
+    assert every <= {field.name for field in dataclasses.fields(FusionOptions)}
+    text = invoke("merge", "--help").stdout
+    for option in every:
+        flag = "--weight " if option == "weights" else f"--{option.replace('_', '-')} "
+        assert flag in text, flag

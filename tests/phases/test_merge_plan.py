@@ -1,0 +1,153 @@
+"""The plan of a merge: bytes that are truly read and written, known from headers alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import folders
+import merges
+import pytest
+import torch
+from merges import Files
+
+from kifmerge.phases.rules import FusionOptions
+
+COUNTERS = Path("/proc/self/io")
+# Beside tensors: headers, JSON, what Python loads on the way.
+SPARE_BYTES = 120_000
+SHAPES = {
+    "embed.weight": (700, 300),
+    "layer.weight": (300, 256),
+    "layer.bias": (300,),
+    "head.weight": (301, 257),
+}
+NUMEL = sum(torch.Size(shape).numel() for shape in SHAPES.values())
+
+needs_counters = pytest.mark.skipif(
+    not COUNTERS.exists(), reason="only Linux counts what a process reads and writes"
+)
+
+
+def counted():
+    lines = (line.split(": ") for line in COUNTERS.read_text().splitlines())
+    counters = {name: int(value) for name, value in lines}
+    return counters["rchar"], counters["wchar"]
+
+
+def run_counted(merging, out):
+    before = counted()
+    merging.run(out)
+    read, written = (after - earlier for after, earlier in zip(counted(), before, strict=True))
+    return read, written
+
+
+@pytest.fixture(scope="module", autouse=True)
+def warm(tmp_path_factory):
+    """What is loaded once is no cost of a merge."""
+    Files(tmp_path_factory.mktemp("warm")).write().merge(FusionOptions())
+
+
+@needs_counters
+@pytest.mark.parametrize("num_workers", [1, 3])
+@merges.every_variant
+def test_bytes_are_those_that_are_read_and_written(tmp_path, variant, num_workers):
+    shards = [2] * (1 + len(variant.roles))
+    files = variant.write(tmp_path, dtype=torch.bfloat16, shapes=SHAPES, shards=shards)
+    merging = files.open(**variant.options(), num_workers=num_workers)
+    plan = merging.plan()
+    read, written = run_counted(merging, tmp_path / "out")
+    assert plan.read_bytes <= read <= plan.read_bytes + SPARE_BYTES
+    assert plan.write_bytes <= written <= plan.write_bytes + SPARE_BYTES
+    assert plan.write_bytes == 2 * NUMEL
+    assert (plan.num_tensors, plan.num_parameters) == (len(SHAPES), NUMEL)
+    assert (plan.rule, plan.num_models) == (variant.rule.rule, len(variant.roles))
+    assert plan.num_files == 2
+    assert plan.num_unscored_tensors == 0
+
+
+@needs_counters
+@pytest.mark.parametrize("choice", ["base", "new", "average"])
+def test_tensors_without_scores_are_compared_before_they_are_copied(tmp_path, choice):
+    files = Files(tmp_path).write(shapes=SHAPES)
+    scored = {"layer.weight": files.states[0]["layer.weight"]}
+    for seed, role in enumerate(files.roles):
+        folders.snapshot(tmp_path / f"{role}-importance", seed, scored)
+    merging = files.open(FusionOptions(), unscored=choice)
+    plan = merging.plan()
+    read, _ = run_counted(merging, tmp_path / "out")
+    assert plan.num_unscored_tensors == 3
+    assert abs(read - plan.read_bytes) <= SPARE_BYTES + (
+        # Averaged are those that differ: all, as nobody knows beforehand.
+        2 * 4 * (NUMEL - scored["layer.weight"].numel()) if choice == "average" else 0
+    )
+
+
+@needs_counters
+def test_score_kind_that_reads_half_of_a_snapshot(tmp_path):
+    files = Files(tmp_path).write(shapes=SHAPES)
+    for seed, role in enumerate(files.roles):
+        folders.snapshot(
+            tmp_path / f"{role}-importance", seed, files.states[0], options={"score": "sensitivity"}
+        )
+    merging = files.open(FusionOptions())
+    read, _ = run_counted(merging, tmp_path / "out")
+    assert abs(read - merging.plan().read_bytes) <= SPARE_BYTES
+
+
+@needs_counters
+def test_other_dtype_and_files(tmp_path):
+    files = Files(tmp_path).write(torch.bfloat16, shapes=SHAPES)
+    merging = files.open(FusionOptions(), dtype="float32", shard_bytes=1_000_000)
+    plan = merging.plan()
+    _, written = run_counted(merging, tmp_path / "out")
+    assert plan.write_bytes == 4 * NUMEL
+    assert plan.write_bytes <= written <= plan.write_bytes + SPARE_BYTES
+    assert plan.num_files == len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+
+
+@pytest.mark.parametrize(
+    ("name", "evidence", "weight_passes", "importance_passes"),
+    [
+        ("recurrent-kif", "importance", 1, 3),
+        ("recurrent-kif", "masks", 1, 1),
+        ("recurrent-kif", "units", 1, 0),
+        ("recurrent-kif-adaptive", "importance", 1, 2),
+        ("kif", "importance", 1, 1),
+        ("kif-adaptive", "units", 1, 0),
+        ("average", None, 1, 0),
+        ("linear", None, 1, 0),
+        ("ties", None, 3, 0),
+    ],
+)
+def test_passes(tmp_path, name, evidence, weight_passes, importance_passes):
+    files = Files(tmp_path).write().make_masks().make_units()
+    plan = files.open(FusionOptions(rule=name), evidence=evidence).plan()
+    assert (plan.weight_passes, plan.importance_passes) == (weight_passes, importance_passes)
+
+
+def test_counts_tensors_and_bytes(tmp_path):
+    files = Files(tmp_path).write()
+    plan = files.open(FusionOptions()).plan()
+    numel = sum(value.numel() for value in files.states[0].values())
+    assert (plan.num_tensors, plan.num_parameters) == (4, numel)
+    assert plan.write_bytes == 4 * numel
+    assert plan.read_bytes == 3 * 4 * numel + 3 * 2 * 8 * numel
+
+
+def test_plan_writes_and_reads_nothing(tmp_path):
+    files = Files(tmp_path).write()
+    before = sorted(tmp_path.rglob("*"))
+    merging = files.open(FusionOptions())
+    for path in tmp_path.rglob("*.safetensors"):
+        header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
+        path.write_bytes(path.read_bytes()[:header] + bytes(path.stat().st_size - header))
+    assert merging.plan() == files.open(FusionOptions()).plan()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_peak_grows_with_workers_and_stays_within_their_budget(tmp_path):
+    files = Files(tmp_path, merges.roles_of(8)).write()
+    rule = FusionOptions(rule="average")
+    peaks = [files.open(rule, num_workers=n).plan().peak_memory_bytes for n in (1, 2, 4, 64)]
+    assert peaks == sorted(peaks)
+    assert peaks[-1] - peaks[0] <= 200_000_000
