@@ -285,6 +285,7 @@ def cut_small(patch: pytest.MonkeyPatch, num_bytes: int) -> None:
     patch.setattr(merge_module, "CPU_PIECE_BYTES", num_bytes)
     patch.setattr(merge_module, "LEAST_PIECE_BYTES", 1)
     patch.setattr(selection_module, "COUNTED_BYTES", num_bytes)
+    patch.setattr(selection_module, "LEAST_COUNTED_BYTES", 1)
 
 
 def same_bits(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:

@@ -102,10 +102,11 @@ def _unfinished_folder(path: Path) -> Iterator[Path]:
     """
     folder: Path | None = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(path.parent)
-        folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{_owner_prefix()}{os.getpid()}-"))
         with disk_errors(path, "nothing was kept of it"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _remove_abandoned(path.parent)
+            prefix = f"{_owner_prefix()}{os.getpid()}-"
+            folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=prefix))
             yield folder
     finally:
         if folder is not None:

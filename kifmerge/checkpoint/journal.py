@@ -65,8 +65,8 @@ class Journal:
             stream.write(json.dumps(dict(record)) + "\n")
             stream.flush()
             os.fsync(stream.fileno())
-        flush(self._path.parent)
         self.finished[record["name"]] = dict(record)
+        flush(self._path.parent)
 
     def remove_unfinished(self) -> None:
         """Remove what lies beside the finished files."""
@@ -75,16 +75,11 @@ class Journal:
                 _delete(path)
 
     def _read(self) -> dict[str, dict[str, Any]]:
-        """File name -> last record, up to the first line that a kill has left unfinished."""
+        """File name -> its last record, but for lines that a kill has left unfinished."""
         if not self._path.exists():
             return {}
         found = self._path.read_text(encoding="utf-8", errors="replace")
-        records = []
-        for line in found.splitlines():
-            record = _parsed(line)
-            if record is None:
-                break
-            records.append(record)
+        records = [record for line in found.splitlines() if (record := _parsed(line)) is not None]
         # Later lines must not be glued to a broken one.
         mended = "".join(json.dumps(record) + "\n" for record in records)
         if mended != found:
@@ -119,7 +114,6 @@ def resumable_folder(
             of another kind.
         TryAgainError: the disk is full.
     """
-    refuse_occupied(path, overwrite=overwrite)
     work_dir = unfinished_folder(path)
     with disk_errors(path, _NOTHING_KEPT):
         work_dir.mkdir(parents=True, exist_ok=True)
@@ -127,7 +121,6 @@ def resumable_folder(
             journal = None
             try:
                 _put_back(work_dir, path)
-                # Since it was asked first, another process may have made it.
                 refuse_occupied(path, overwrite=overwrite)
                 if not (resume and _has_leftovers(work_dir)):
                     _empty(work_dir)

@@ -41,12 +41,15 @@ from kifmerge.phases.fuse_files import fuse_files
 from kifmerge.phases.inputs import HistoricalParent, MergeInputs, OpenInputs
 from kifmerge.phases.meaning import Difference
 from kifmerge.phases.rules import FusionOptions
+from kifmerge.phases.selection import counting_bytes
 from kifmerge.phases.unscored import Unscored
 from kifmerge.phases.weights import Nonfinite
 
 DtypeName = Literal["bfloat16", "float16", "float32"]
 _TORCH_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
 
+# Libraries that a merge loads, its threads, and what the allocator keeps between pieces.
+_SPARE_BYTES = 24 << 20
 # Buffers of all workers together: where there are many, or many models, pieces are smaller.
 _MOST_BUFFER_BYTES = 96 << 20
 LEAST_PIECE_BYTES = 1 << 16
@@ -184,6 +187,14 @@ class Merge:
         """Pieces alive at once: per source as stored and as float32, per rule a few, per worker."""
         return max(self._num_workers, 1) * (3 * len(self._open.weights.sources) + 4)
 
+    @property
+    def _scratch_bytes(self) -> int:
+        """What all workers take together, and the allocator keeps; measured."""
+        scratch_bytes = _SPARE_BYTES + self._num_buffers * self._piece_bytes
+        if self.rule.needs == "largest" or (self.rule.needs == "masks" and self.inputs.importance):
+            scratch_bytes += counting_bytes(self._num_workers)
+        return scratch_bytes
+
     def plan(self) -> MergePlan:
         """What :meth:`run` is going to do, known from headers alone."""
         infos = [info for infos in self._layout.values() for _, info in infos]
@@ -205,7 +216,7 @@ class Merge:
             importance_passes=importance_passes,
             read_bytes=self._weight_bytes(scored) + importance_passes * self._open.evidence_bytes,
             write_bytes=sum(info.nbytes for info in infos),
-            peak_memory_bytes=peak_bytes() + self._num_buffers * self._piece_bytes,
+            peak_memory_bytes=peak_bytes() + self._scratch_bytes,
         )
 
     def _weight_bytes(self, scored: Sequence[str]) -> int:

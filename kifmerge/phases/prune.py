@@ -35,7 +35,7 @@ from kifmerge.phases.checked import FiniteSource
 from kifmerge.phases.fuse import OnProgress
 from kifmerge.phases.meaning import Difference, check_meaning
 from kifmerge.phases.rules import FusionOptions
-from kifmerge.phases.selection import COUNTED_BYTES, Marks, mark_important
+from kifmerge.phases.selection import Marks, counting_bytes, mark_important
 from kifmerge.phases.unscored import UnscoredTensors
 from kifmerge.phases.weights import Nonfinite, Weights
 from kifmerge.tensor.selection import Scope
@@ -43,6 +43,10 @@ from kifmerge.tensor.units import important_units
 
 CHECKPOINT_FOLDER = "checkpoint"
 _DEFAULTS = FusionOptions()
+# What one worker takes for a piece: both models', scores or mask, and what comes of them.
+_PRUNED_BYTES = 6 * CPU_PIECE_BYTES
+# Libraries, threads, and what the allocator keeps between pieces.
+_SPARE_BYTES = 24 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,7 +176,8 @@ class Prune:
             + copied_bytes,
             "write_bytes": mask_bytes + weight_bytes,
             "peak_memory_bytes": peak_bytes()
-            + max(self._num_workers, 1) * max(5 * COUNTED_BYTES, 6 * CPU_PIECE_BYTES),
+            + _SPARE_BYTES
+            + max(counting_bytes(self._num_workers), max(self._num_workers, 1) * _PRUNED_BYTES),
         }
 
     @property

@@ -23,9 +23,23 @@ from kifmerge.tensor.selection import (
     mask_above,
 )
 
-# Counting has a cost per piece: larger ones than for fusing pay.
+# Counting has a cost per piece: larger ones than for fusing pay, where they are few at once.
 COUNTED_BYTES = 1 << 21
+LEAST_COUNTED_BYTES = 1 << 18
+_MOST_COUNTED_BYTES = 1 << 23
 _IN_CALLER = Workers(0)
+
+
+def counted_bytes(num_workers: int) -> int:
+    """Of a piece that one of so many workers counts, so that all of them stay within a budget."""
+    share = _MOST_COUNTED_BYTES // max(num_workers, 1)
+    return max(min(COUNTED_BYTES, share), LEAST_COUNTED_BYTES)
+
+
+def counting_bytes(num_workers: int) -> int:
+    """What so many workers take while they count. Measured: twelve times what they look at."""
+    num_workers = max(num_workers, 1)
+    return 12 * num_workers * counted_bytes(num_workers)
 
 
 class ScoreStream:
@@ -34,11 +48,15 @@ class ScoreStream:
     Args:
         scores: source of scores.
         names: of some parameters; None takes all.
+        num_workers: that count at the same time.
     """
 
-    def __init__(self, scores: Source, names: Sequence[str] | None = None) -> None:
+    def __init__(
+        self, scores: Source, names: Sequence[str] | None = None, *, num_workers: int = 1
+    ) -> None:
         self._scores = scores
         self._names = scores.names() if names is None else names
+        self._num_workers = num_workers
 
     def __iter__(self) -> Iterator[Callable[[], Tensor]]:
         for piece in pieces(self._scores, self._names, most_bytes=self._most_bytes):
@@ -47,7 +65,7 @@ class ScoreStream:
     @property
     def _most_bytes(self) -> int | None:
         on_cpu = all(self._scores.info(name).device.type == "cpu" for name in self._names[:1])
-        return COUNTED_BYTES if on_cpu else None
+        return counted_bytes(self._num_workers) if on_cpu else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,12 +115,15 @@ def mark_important(
     thresholds: Mapping[str, Threshold]
     common = None
     if scope == "global":
-        common = importance_threshold(ScoreStream(scores), important_fraction, spread=workers.map)
+        stream = ScoreStream(scores, num_workers=workers.num)
+        common = importance_threshold(stream, important_fraction, spread=workers.map)
         thresholds = dict.fromkeys(scores.names(), common)
     else:
         names = [name for name in scores.names() if scores.info(name).numel]
         found = workers.map(
-            lambda name: importance_threshold(ScoreStream(scores, [name]), important_fraction),
+            lambda name: importance_threshold(
+                ScoreStream(scores, [name], num_workers=workers.num), important_fraction
+            ),
             names,
         )
         thresholds = dict(zip(names, found, strict=True))
@@ -155,19 +176,20 @@ def mark_largest(
     if scope == "global":
         total = sum(sizes.info(name).numel for name in names)
         rank = _rank_of_density(total, density)
-        value = kth_smallest(ScoreStream(sizes, names), rank, spread=workers.map)
+        stream = ScoreStream(sizes, names, num_workers=workers.num)
+        value = kth_smallest(stream, rank, spread=workers.map)
         return LargestMarks(dict.fromkeys(names, value))
-    found = workers.map(lambda name: _smallest_kept(sizes, name, density), names)
+    found = workers.map(lambda name: _smallest_kept(sizes, name, density, workers.num), names)
     return LargestMarks(dict(zip(names, found, strict=True)))
 
 
-def _smallest_kept(sizes: Source, name: str, density: float) -> float:
+def _smallest_kept(sizes: Source, name: str, density: float, num_workers: int) -> float:
     numel = sizes.info(name).numel
     rank = _rank_of_density(numel, density)
     if 4 * numel <= COUNTED_BYTES >> 3:
         # Fewer elements than counters: sorting is faster.
         return float(torch.kthvalue(sizes.read(*Range(name, 0, numel)), rank).values)
-    return kth_smallest(ScoreStream(sizes, [name]), rank)
+    return kth_smallest(ScoreStream(sizes, [name], num_workers=num_workers), rank)
 
 
 def _rank_of_density(numel: int, density: float) -> int:
