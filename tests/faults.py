@@ -65,11 +65,20 @@ def watch(on_change: OnChange) -> None:
 
 @dataclass
 class Child:
-    """A forked process, and what it had to say."""
+    """A forked process, and what it had to say; as a context it does not outlive it."""
 
     pid: int
     pipe: int
     started: float = field(default_factory=time.monotonic)
+    is_ended: bool = False
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self.is_ended:
+            self.kill()
+            self.end()
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         """Send a signal; it may be over already."""
@@ -99,6 +108,7 @@ class Child:
                 raise TimeoutError("a forked process does not end")
             time.sleep(0.0005)
             pid, status = os.waitpid(self.pid, os.WNOHANG)
+        self.is_ended = True
         seconds = time.monotonic() - self.started
         return Ended(os.waitstatus_to_exitcode(status), said.decode(), seconds)
 

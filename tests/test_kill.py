@@ -352,18 +352,18 @@ class TestTwoAtOnce:
             stop_at(linear, 30)
             linear.run()
 
-        first = faults.fork(merge)
-        first.wait_for_stop()
-        before = faults.content(linear.hidden)
-        for more in ((), ("--resume",), ("--overwrite",)):
-            second = invoke(linear, *more)
-            assert (second.exit_code, second.stdout) == (3, "")
-            assert second.stderr == (
-                f"kifmerge: {linear.out} is being made by another process at this moment\n"
-            )
-        assert faults.content(linear.hidden) == before
-        first.kill(signal.SIGCONT)
-        assert first.end().code == 0
+        with faults.fork(merge) as first:
+            first.wait_for_stop()
+            before = faults.content(linear.hidden)
+            for more in ((), ("--resume",), ("--overwrite",)):
+                second = invoke(linear, *more)
+                assert (second.exit_code, second.stdout) == (3, "")
+                assert second.stderr == (
+                    f"kifmerge: {linear.out} is being made by another process at this moment\n"
+                )
+            assert faults.content(linear.hidden) == before
+            first.kill(signal.SIGCONT)
+            assert first.end().code == 0
         scenarios.check_whole(linear.out)
         assert linear.left() == ["out"]
 
@@ -372,10 +372,8 @@ class TestTwoAtOnce:
             stop_at(linear, 30)
             linear.run()
 
-        first = faults.fork(merge)
-        first.wait_for_stop()
-        first.kill()
-        first.end()
+        with faults.fork(merge) as first:
+            first.wait_for_stop()
         assert invoke(linear).exit_code == 0
         scenarios.check_whole(linear.out)
 

@@ -12,7 +12,7 @@ model is refused; and so that a checkpoint can be rebuilt.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,17 @@ def is_made(path: Path, detail_file: str, wanted: Mapping[str, Any], *, overwrit
     raise RunError(
         f"{path} is not empty ({made}): choose another folder, or --overwrite to replace it"
     )
+
+
+def refuse_inputs_inside(out_dir: Path, parents: Iterable[Path | None]) -> None:
+    """Refuse an output folder that is one of the inputs, or holds one.
+
+    Raises:
+        RunError: naming both.
+    """
+    for path in filter(None, parents):
+        if out_dir.resolve() in (path.resolve(), *path.resolve().parents):
+            raise RunError(f"{out_dir} holds an input, {path}: choose another folder")
 
 
 def read_details(path: Path) -> dict[str, Any]:

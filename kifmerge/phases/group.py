@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from kifmerge.checkpoint.atomic import whole_folder
-from kifmerge.checkpoint.provenance import is_made, made_by, read_details
+from kifmerge.checkpoint.provenance import is_made, made_by, read_details, refuse_inputs_inside
 from kifmerge.checkpoint.scores import open_scores
 from kifmerge.checkpoint.snapshot import DETAIL_FILE as SNAPSHOT_FILE
 from kifmerge.checkpoint.source import Source
@@ -30,7 +30,7 @@ from kifmerge.checkpoint.units import (
     read_units,
     write_units,
 )
-from kifmerge.errors import CheckpointError, RunError, check_choices, problem_list
+from kifmerge.errors import CheckpointError, check_choices, problem_list
 from kifmerge.phases.checked import FiniteSource
 from kifmerge.phases.members import Members, unit_members
 from kifmerge.tensor.units import (
@@ -260,9 +260,7 @@ class Group:
             RunError: the folder holds something else, or an input.
             CheckpointError: NaN or infinity among the scores.
         """
-        for path in filter(None, (self._importance, self._historical_units)):
-            if out_dir.resolve() in (path.resolve(), *path.resolve().parents):
-                raise RunError(f"{out_dir} holds an input, {path}: choose another folder")
+        refuse_inputs_inside(out_dir, self._parents().values())
         wanted = made_by("group", asdict(self.options), self._parents())
         if is_made(out_dir, DETAIL_FILE, wanted, overwrite=overwrite):
             return unit_figures(read_units(out_dir)), False

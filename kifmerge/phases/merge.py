@@ -24,13 +24,13 @@ from kifmerge.checkpoint.provenance import (
     made_by,
     read_details,
     read_provenance,
+    refuse_inputs_inside,
     write_provenance,
 )
 from kifmerge.checkpoint.sink import Layout, copy_companions, layout_of, new_layout, with_dtype
 from kifmerge.checkpoint.workers import num_processors, peak_bytes, worker_pool
 from kifmerge.errors import (
     CheckpointError,
-    RunError,
     check_at_least,
     check_choices,
     problem_list,
@@ -190,7 +190,9 @@ class Merge:
     @property
     def _scratch_bytes(self) -> int:
         """What all workers take together, and the allocator keeps; measured."""
-        scratch_bytes = _SPARE_BYTES + self._num_buffers * self._piece_bytes
+        buffer_bytes = self._num_buffers * self._piece_bytes
+        # What is shown of each model takes about as much as the models.
+        scratch_bytes = _SPARE_BYTES + buffer_bytes * (1 if self.rule.needs == "nothing" else 2)
         if self.rule.needs == "largest" or (self.rule.needs == "masks" and self.inputs.importance):
             scratch_bytes += counting_bytes(self._num_workers)
         return scratch_bytes
@@ -270,7 +272,7 @@ class Merge:
                 are not those expected.
             TryAgainError: the disk has no room.
         """
-        self._refuse_inputs_inside(out_dir)
+        refuse_inputs_inside(out_dir, self.inputs.parents.values())
         occupied = out_dir.is_dir() and any(out_dir.iterdir())
         # Asked only of a folder that holds something: the answer takes all digests.
         if occupied and is_made(out_dir, PROVENANCE_FILE, self.made_by(), overwrite=overwrite):
@@ -314,11 +316,6 @@ class Merge:
             write_text(journal.directory / "README.md", self._card(wanted, figures))
             write_provenance(journal.directory, provenance)
         return figures, True
-
-    def _refuse_inputs_inside(self, out_dir: Path) -> None:
-        for path in self.inputs.parents.values():
-            if out_dir.resolve() in [path.resolve(), *path.resolve().parents]:
-                raise RunError(f"{out_dir} holds an input, {path}: choose another folder")
 
     def _card(self, wanted: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
         like = self._open.like

@@ -22,14 +22,19 @@ from kifmerge.checkpoint.atomic import whole_folder
 from kifmerge.checkpoint.journal import refuse_full_disk
 from kifmerge.checkpoint.mask import DETAIL_FILE, MaskSink
 from kifmerge.checkpoint.pieces import CPU_PIECE_BYTES, Piece, pieces, read_piece, split_piece
-from kifmerge.checkpoint.provenance import is_made, made_by, read_details, write_provenance
+from kifmerge.checkpoint.provenance import (
+    is_made,
+    made_by,
+    read_details,
+    refuse_inputs_inside,
+    write_provenance,
+)
 from kifmerge.checkpoint.scores import Scores, open_scores
 from kifmerge.checkpoint.sink import FolderSink, copy_companions, layout_of
 from kifmerge.checkpoint.snapshot import DETAIL_FILE as SNAPSHOT_FILE
 from kifmerge.checkpoint.source import Source
 from kifmerge.checkpoint.units import UnitSource, read_units
 from kifmerge.checkpoint.workers import Workers, num_processors, peak_bytes, worker_pool
-from kifmerge.errors import RunError
 from kifmerge.phases.agreement import Checkpoint, open_checkpoint, refuse_other_evidence
 from kifmerge.phases.checked import FiniteSource
 from kifmerge.phases.fuse import OnProgress
@@ -214,9 +219,7 @@ class Prune:
             CheckpointError: NaN or infinity, or tensors without scores that differ.
             TryAgainError: the disk has no room.
         """
-        for path in filter(None, asdict(self.inputs).values()):
-            if out_dir.resolve() in [path.resolve(), *path.resolve().parents]:
-                raise RunError(f"{out_dir} holds an input, {path}: choose another folder")
+        refuse_inputs_inside(out_dir, asdict(self.inputs).values())
         # Asked only of what is there: the answer takes all digests.
         if out_dir.exists() and is_made(out_dir, DETAIL_FILE, self._made_by(), overwrite=overwrite):
             return _figures(read_details(out_dir / DETAIL_FILE)), False

@@ -518,26 +518,24 @@ class TestLock:
         def stop_midway(say):
             folder.make(before_end=lambda: os.kill(os.getpid(), signal.SIGSTOP))
 
-        child = faults.fork(stop_midway)
-        child.wait_for_stop()
-        before = faults.content(folder.hidden)
-        for resume in (False, True):
-            with pytest.raises(RunError, match=r"out is being made by another process"):
-                folder.make(resume=resume)
-        remove_finished(folder.path)
-        assert faults.content(folder.hidden) == before
-        child.kill(signal.SIGCONT)
-        assert child.end().code == 0
+        with faults.fork(stop_midway) as child:
+            child.wait_for_stop()
+            before = faults.content(folder.hidden)
+            for resume in (False, True):
+                with pytest.raises(RunError, match=r"out is being made by another process"):
+                    folder.make(resume=resume)
+            remove_finished(folder.path)
+            assert faults.content(folder.hidden) == before
+            child.kill(signal.SIGCONT)
+            assert child.end().code == 0
         assert folder.is_whole()
 
     def test_of_a_killed_process(self, folder):
         def stop_midway(say):
             folder.make(before_end=lambda: os.kill(os.getpid(), signal.SIGSTOP))
 
-        child = faults.fork(stop_midway)
-        child.wait_for_stop()
-        child.kill()
-        assert child.end().code == -signal.SIGKILL
+        with faults.fork(stop_midway) as child:
+            child.wait_for_stop()
         folder.make(resume=True)
         assert folder.written == []
         assert folder.is_whole()

@@ -17,10 +17,10 @@ from kifmerge.checkpoint.sink import new_layout
 MB = 1_000_000
 TOTAL_BYTES = 300 * MB
 # Above `import torch`, with two workers; and what two runs of one merge may differ in.
-MOST_BYTES = 120 * MB
-NOISE_BYTES = 20 * MB
+MOST_BYTES = 130 * MB
+NOISE_BYTES = 25 * MB
 # What a model more takes: pieces of it for each worker, as long as all stay within their budget.
-MODEL_BYTES = 8 * MB
+MODEL_BYTES = 12 * MB
 
 RUN = """
 import json, sys, warnings
@@ -102,7 +102,7 @@ def measured(folder, rule, evidence, *, largest=60 * MB, num_models=2, shard_byt
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout)
     assert found["peak"] <= found["planned"] + NOISE_BYTES
-    assert found["planned"] <= found["peak"] + MOST_BYTES
+    assert found["planned"] <= found["peak"] + 100 * MB
     return found["above_torch"]
 
 
@@ -123,4 +123,5 @@ def test_peak_is_bounded_and_flat(tmp_path, rule, evidence):
     in_shards = measured(tmp_path / "shards", rule, evidence, shard_bytes=50 * MB)
     assert abs(in_shards - plain) < NOISE_BYTES
     of_five = measured(tmp_path / "models", rule, evidence, num_models=5)
-    assert of_five < min(MOST_BYTES, plain + NOISE_BYTES + 3 * MODEL_BYTES)
+    assert of_five < MOST_BYTES
+    assert of_five < plain + NOISE_BYTES + 3 * MODEL_BYTES
