@@ -193,6 +193,7 @@ def test_kills_on_the_way(tmp_path, rule, overwrite):
         merge.check_resumed()
         merge.begin()
     assert merge.num >= 5
+    assert not merge.at_change(len(changes) + 1), "everything is on the disk at the end"
 
 
 @pytest.mark.slow

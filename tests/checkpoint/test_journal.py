@@ -279,11 +279,13 @@ class TestOtherWork:
         )
 
     def test_without_finished_files_there_is_nothing_to_refuse(self, folder):
-        child = faults.fork(lambda say: folder.make(fail=faults.die()))
-        assert child.end().code == -signal.SIGKILL
-        folder.hidden.mkdir(exist_ok=True)
-        (folder.hidden / "new").mkdir(exist_ok=True)
-        (folder.hidden / "work.json").write_text("{}")
+        def killed_early(say):
+            with resumable_folder(folder.path, WORK) as journal:
+                (journal.directory / "part-0").touch()
+                faults.die()
+
+        assert faults.fork(killed_early).end().code == -signal.SIGKILL
+        assert json.loads((folder.hidden / "work.json").read_text()) == WORK
         folder.make(work={"command": "other"}, resume=True)
         assert folder.is_whole()
 
