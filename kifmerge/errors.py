@@ -58,12 +58,18 @@ class TryAgainError(KifmergeError):
 def check_choices(options: Any) -> None:
     """Refuse, for a dataclass of options, a Literal field that holds none of its values.
 
+    A field of ``Literal[...] | None`` may be None too.
+
     Raises:
         ValueError: naming the field, what was found and what it may be.
     """
     for name, hint in typing.get_type_hints(type(options)).items():
-        value, choices = getattr(options, name), typing.get_args(hint)
-        if typing.get_origin(hint) is typing.Literal and value not in choices:
+        value = getattr(options, name)
+        kinds = [hint, *typing.get_args(hint)]
+        literals = [kind for kind in kinds if typing.get_origin(kind) is typing.Literal]
+        choices = [choice for literal in literals for choice in typing.get_args(literal)]
+        may_be_none = type(None) in kinds and value is None
+        if choices and value not in choices and not may_be_none:
             raise ValueError(f"{name}: {value!r} is none of {', '.join(map(str, choices))}")
 
 

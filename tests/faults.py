@@ -188,8 +188,9 @@ class Unflushed:
                 self._named.append(("", path))
         elif what == "rename":
             before, now = (os.fsdecode(path) for path in arguments[:2])
-            self._named = [names for names in self._named if names[1] not in (before, now)]
-            self._named.append((before, now))
+            kept = [names for names in self._named if names[1] not in (before, now)]
+            moved = [(made, _moved(name, before, now)) for made, name in kept]
+            self._named = [*moved, (before, now)]
         elif what == "write":
             self._written.add(os.fstat(arguments[0]).st_ino)
         elif what == "flush":
@@ -212,6 +213,10 @@ class Unflushed:
         self._opened.clear()
 
 
+def _moved(path: str, before: str, now: str) -> str:
+    return now + path.removeprefix(before) if path.startswith(before + os.sep) else path
+
+
 def _folder_inode(path: str) -> int | None:
     folder = Path(path).parent
     return folder.stat().st_ino if path and folder.exists() else None
@@ -228,7 +233,10 @@ def lose(folder: Path, unflushed: Mapping[str, Any]) -> list[str]:
         if path.stat().st_ino in unflushed["written"]:
             os.truncate(path, path.stat().st_size // 2)
             met.append(path.name)
-    for before, now in reversed(unflushed["named"]):
+    made = [names for names in unflushed["named"] if not names[0]]
+    renamed = [names for names in unflushed["named"] if names[0]]
+    # What was made in a folder goes before the folder has its earlier name again.
+    for before, now in [*made, *reversed(renamed)]:
         met.append(Path(now).name)
         if before and Path(before).parent.exists():
             Path(now).rename(before)

@@ -58,6 +58,12 @@ def save(
     return directory
 
 
+def state(path: Path) -> tuple[int, ...]:
+    """What changes when a file or folder is written, though not when it is read."""
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
 def load(directory: Path) -> dict[str, Tensor]:
     """All tensors of a folder, by another tool than ours."""
     loaded = {}

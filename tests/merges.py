@@ -279,6 +279,14 @@ def every_variant(test: Callable[..., None]) -> Callable[..., None]:
     return pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)(test)
 
 
+def every_rule(test: Callable[..., None]) -> Callable[..., None]:
+    """Parametrise a test by one or two variants of each rule: with all kinds of inputs."""
+    first = {variant.rule.rule: name for name, variant in reversed(VARIANTS.items())}
+    more = ("recurrent-kif of 3, masks", "kif, units, no base", "linear, no base")
+    chosen = {name: VARIANTS[name] for name in [*reversed(first.values()), *more]}
+    return pytest.mark.parametrize("variant", chosen.values(), ids=chosen)(test)
+
+
 def cut_small(patch: pytest.MonkeyPatch, num_bytes: int) -> None:
     """Have all phases of a merge work in pieces of at most so many bytes."""
     patch.setattr(pieces_module, "CPU_PIECE_BYTES", num_bytes)
@@ -304,13 +312,16 @@ def loaded_without_a_word(auto_class: Any, directory: Path) -> Any:
     """A model that transformers loads and finds nothing to say of: no warning, nothing missing."""
     handler = _Kept()
     logger = logging.getLogger("transformers")  # which passes nothing on
+    level = logger.level
     logger.addHandler(handler)
+    logger.setLevel(logging.WARNING)  # commands of an earlier test have made it quieter
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             model, info = auto_class.from_pretrained(directory, output_loading_info=True)
     finally:
         logger.removeHandler(handler)
+        logger.setLevel(level)
     assert not handler.messages, handler.messages
     assert not any(info.values()), info
     return model

@@ -164,6 +164,7 @@ class Killed:
         """The same bytes as without a kill, and nothing else."""
         noted = {record["name"] for record in self.scenario.journal()}
         before = {path.name: path.stat().st_ino for path in self.scenario.hidden.glob("new/*")}
+        assert noted <= before.keys() or not (self.scenario.hidden / NEW).exists()
         self.run(resume=True)
         assert self.is_new()
         assert self.scenario.left() == ["out"]

@@ -489,6 +489,20 @@ class TestInThePlaceOfAnother:
         remove_finished(folder.path)
         assert folder.journal.exists()
 
+    def test_nothing_can_be_lost_at_the_end(self, old):
+        def make(say):
+            unflushed = faults.Unflushed()
+            faults.watch(unflushed.see)
+            with resumable_folder(old.path, WORK, overwrite=True) as journal:
+                (journal.directory / "inner").mkdir()
+                (journal.directory / "inner/index").write_text("last")
+                (journal.directory / "index").write_text("last")
+            say(unflushed.left())
+
+        left = faults.fork(make).end().said()
+        assert faults.content(old.path) == {"inner/index": b"last", "index": b"last"}
+        assert faults.lose(old.path.parent, left) == []
+
     @pytest.mark.parametrize("resume", [False, True])
     def test_left_by_a_kill_and_then_deleted_by_its_owner(self, old, resume):
         """What had been replaced does not come back."""

@@ -12,7 +12,7 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from merges import Files, every_variant
+from merges import Files, every_rule, every_variant
 
 from kifmerge.checkpoint.header import read_header
 from kifmerge.checkpoint.mask import MaskSource
@@ -147,7 +147,9 @@ def from_memory(files, variant):
 
 
 @every_variant
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)]
+)
 def test_bytes_depend_on_the_content_alone(tmp_path, variant, dtype):
     """Not on pieces, workers, or the shards of any input; the same as over live tensors."""
     drawn = random.Random(str(variant))
@@ -167,7 +169,7 @@ def test_bytes_depend_on_the_content_alone(tmp_path, variant, dtype):
     assert len(found) == 1
 
 
-@every_variant
+@every_rule
 @pytest.mark.parametrize("num_shards", [0, 3])
 def test_output_has_the_files_of_the_base(tmp_path, variant, num_shards):
     shards = [0] * (len(variant.roles) + 1)

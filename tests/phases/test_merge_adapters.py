@@ -12,6 +12,7 @@ import yaml
 from merges import Files
 from peft import PeftModel
 
+from kifmerge.phases.group import Group, GroupOptions
 from kifmerge.phases.rules import FusionOptions
 
 KIF = FusionOptions()
@@ -19,10 +20,10 @@ AVERAGE = FusionOptions(rule="average")
 LINEAR = FusionOptions(rule="linear")
 
 
-def write(tmp_path, roles=merges.TWO, **configs):
+def write(tmp_path, roles=merges.TWO, *, num_layers=1, **configs):
     """Adapters of one base: a base adapter, and one for each role."""
     for seed, role in enumerate(("base", *roles)):
-        adapter = tiny.with_lora(tiny.llama(), seed)
+        adapter = tiny.with_lora(tiny.llama(num_hidden_layers=num_layers), seed)
         adapter.save_pretrained(tmp_path / role)
         path = tmp_path / role / "adapter_config.json"
         changed = {**json.loads(path.read_text()), "base_model_name_or_path": "org/base"}
@@ -185,3 +186,20 @@ class TestFamilies:
         files = write(tmp_path)
         record(files, "new", command, adapter=tmp_path / "base")
         files.merge(KIF)
+
+
+@pytest.mark.parametrize("unit", ["tensor", "lora-rank", "layer"])
+@pytest.mark.parametrize("name", ["kif", "kif-adaptive"])
+def test_snapshots_are_grouped_on_the_way(tmp_path, name, unit):
+    """As by the command group, for a first task, whose cumulative scores are its own."""
+    files = write(tmp_path, num_layers=3)
+    for role in files.roles:
+        group = Group(tmp_path / f"{role}-importance", GroupOptions(unit=unit))
+        group.run(tmp_path / f"{role}-units")
+    files.merge(FusionOptions(rule=name, unit=unit), out="on-the-way")
+    files.merge(FusionOptions(rule=name), out="before", evidence="units")
+    assert merges.same_bits(files.merged("on-the-way"), files.merged("before"))
+    new, historical = (folders.load(tmp_path / role) for role in files.roles)
+    masks = [files.merged("before")[n] == side[n] for side in (new, historical) for n in side]
+    if unit == "lora-rank" and name == "kif":
+        assert any(mask.any() and not mask.all() for mask in masks)  # row by row

@@ -67,7 +67,7 @@ def test_model_loads_and_says_where_it_comes_from(tmp_path):
 
 
 class TestProvenance:
-    @merges.every_variant
+    @merges.every_rule
     @pytest.mark.parametrize("num_workers", [0, 2])
     def test_digests_taken_on_the_way_are_those_of_the_folders(
         self, tmp_path, monkeypatch, variant, num_workers
@@ -126,9 +126,9 @@ class TestAgain:
     def test_made_again_does_nothing(self, files):
         files.write()
         figures, _ = files.merge(KIF)
-        before = (files.folder / "out").stat()
+        before = folders.state(files.folder / "out")
         assert files.merge(KIF) == (figures, False)
-        assert (files.folder / "out").stat() == before
+        assert folders.state(files.folder / "out") == before
 
     def test_input_that_has_changed_makes_another_merge(self, files):
         files.write()
@@ -206,7 +206,7 @@ class TestAgain:
 
 
 class TestNonfinite:
-    @merges.every_variant
+    @merges.every_rule
     @pytest.mark.parametrize("value", [float("nan"), -float("inf")])
     def test_refused_by_name(self, tmp_path, monkeypatch, variant, value):
         """Wherever it is, with the number of the element, though pieces are small."""
@@ -245,7 +245,7 @@ class TestNonfinite:
         files.merge(KIF)
         assert files.merged()["w"].tolist() == [pytest.approx(3e38)] * 64
 
-    @merges.every_variant
+    @merges.every_rule
     def test_kept_where_it_is_and_nowhere_else(self, tmp_path, variant):
         files = variant.write(tmp_path)
         clean = variant.write(tmp_path / "clean")

@@ -79,6 +79,12 @@ class TestUnscored:
         self.files(files, frozen=frozen).merge(rule, unscored=choice)
         assert files.merged()["frozen"].tolist() == pytest.approx([expected] * 3)
 
+    def test_mean_of_models_without_a_base(self, files):
+        frozen = [torch.full((3,), x) for x in (1.0, 2.0, 8.0)]
+        rule = FusionOptions(rule="kif")
+        self.files(files, frozen=frozen).merge(rule, base=False, unscored="average")
+        assert files.merged()["frozen"].tolist() == [5.0] * 3
+
     @pytest.mark.parametrize("differing", [1, 2, 3])
     def test_refused_where_one_of_many_differs(self, tmp_path, differing):
         files = Files(tmp_path, merges.roles_of(3))

@@ -28,7 +28,7 @@ def files(tmp_path):
 
 
 class TestDtype:
-    @merges.every_variant
+    @merges.every_rule
     def test_float32_of_bfloat16_is_the_unrounded_result(self, tmp_path, variant):
         files = variant.write(tmp_path / "half", dtype=torch.bfloat16)
         files.merge(**variant.options(), out="exact", dtype="float32")

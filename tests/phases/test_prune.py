@@ -246,11 +246,11 @@ def test_scores_that_are_not_finite(tmp_path):
 
 def test_made_again_does_nothing_and_other_options_are_refused(importance, tmp_path):
     figures, _ = prune(importance, tmp_path / "mask")
-    before = (tmp_path / "mask").stat()
+    before = folders.state(tmp_path / "mask")
     assert prune(importance, tmp_path / "mask") == (figures, False)
     with pytest.raises(RunError, match="made by another prune command"):
         prune(importance, tmp_path / "mask", important_fraction=0.5)
-    assert (tmp_path / "mask").stat() == before
+    assert folders.state(tmp_path / "mask") == before
     _, is_new = prune(importance, tmp_path / "mask", important_fraction=0.5, overwrite=True)
     assert is_new
 

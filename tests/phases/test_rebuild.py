@@ -45,7 +45,7 @@ def change(path, **content):
 
 
 class TestSameBytes:
-    @merges.every_variant
+    @merges.every_rule
     def test_of_every_file(self, tmp_path, monkeypatch, variant):
         files = variant.write(tmp_path, shards=[2] * (1 + len(variant.roles)))
         (tmp_path / ("base" if variant.base else variant.roles[0]) / "vocab.txt").write_text("a")
@@ -100,10 +100,10 @@ class TestSameBytes:
         assert synthetic.weights(files.folder / "again") == before
 
     def test_made_already_is_left_as_it_is(self, files):
-        before = (files.folder / "out").stat()
+        before = folders.state(files.folder / "out")
         _, is_new = rebuild(files.folder / "out/kifmerge.json", files.folder / "out")
         assert not is_new
-        assert (files.folder / "out").stat() == before
+        assert folders.state(files.folder / "out") == before
 
 
 class TestRefusals:
