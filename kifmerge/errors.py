@@ -13,6 +13,7 @@ A message says what we were doing, what was found against what was expected, and
 
 from __future__ import annotations
 
+import types
 import typing
 from collections.abc import Sequence
 from typing import Any
@@ -65,7 +66,8 @@ def check_choices(options: Any) -> None:
     """
     for name, hint in typing.get_type_hints(type(options)).items():
         value = getattr(options, name)
-        kinds = [hint, *typing.get_args(hint)]
+        is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+        kinds = typing.get_args(hint) if is_union else [hint]
         literals = [kind for kind in kinds if typing.get_origin(kind) is typing.Literal]
         choices = [choice for literal in literals for choice in typing.get_args(literal)]
         may_be_none = type(None) in kinds and value is None

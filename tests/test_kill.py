@@ -302,7 +302,7 @@ class TestCtrlC:
         check_resumed(linear)
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
     def test_other_signals_end_it_at_once_and_it_goes_on(self, linear, number):
         process = started(linear)
         faults.wait_for((linear.hidden / "journal.jsonl").exists)
