@@ -236,6 +236,7 @@ def made_small(name: str, first: str, second: str, tmp_path: Path) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PAPERS)
 def test_of_the_papers_fuse_two_rounds_of_a_tiny_model(name, tmp_path):
     path = RECIPES / f"{name}.yaml"

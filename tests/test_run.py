@@ -31,6 +31,8 @@ CHECKPOINT_FILES = {
 SEQUENTIAL_LAST = Path("sequential/seed-0/02-sizes")
 _HOLD = """
 import sys, filelock
+
+pytestmark = pytest.mark.slow  # whole trainings
 with filelock.FileLock(sys.argv[1]):
     print("held", flush=True)
     sys.stdin.read()

@@ -20,6 +20,8 @@ from kifmerge.phases.model import LoadedModel
 from kifmerge.phases.sequence import TaskSequence
 from kifmerge.tensor.units import cumulative_scores, important_units
 
+pytestmark = pytest.mark.slow  # whole trainings
+
 METHODS = ["kif", "kif-adaptive", "kif-m"]
 LORA = {"targets": ["query", "value"], "rank": 2, "alpha": 4, "dropout": 0.1}
 MODELS = {

@@ -19,6 +19,8 @@ from kifmerge.phases.model import LoadedModel
 from kifmerge.phases.recurrent import RecurrentRounds
 from kifmerge.phases.state import read_state
 
+pytestmark = pytest.mark.slow  # whole trainings
+
 MODEL = {**synthetic.MODEL, "dropout": 0.1}
 LORA = {"targets": ["query", "value"], "rank": 2, "alpha": 4, "dropout": 0.1}
 TRAINING = {

@@ -22,6 +22,8 @@ from kifmerge.phases.tasks import Task, TaskOptions
 from kifmerge.recipe import load_recipe
 from kifmerge.tensor.metrics import continual_metrics
 
+pytestmark = pytest.mark.slow  # whole trainings
+
 LORA = {"targets": ["query", "value"], "rank": 2, "alpha": 4, "dropout": 0.1}
 LAST = "seed-0/02-sizes/checkpoint/model.safetensors"
 
