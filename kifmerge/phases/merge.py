@@ -50,8 +50,10 @@ _TORCH_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.va
 
 # Libraries that a merge loads, its threads, and what the allocator keeps between pieces.
 _SPARE_BYTES = 24 << 20
-# Buffers of all workers together: where there are many, or many models, pieces are smaller.
+# Buffers of all workers together, and of one: where there are many, or more than two models and
+# a base, pieces are smaller.
 _MOST_BUFFER_BYTES = 96 << 20
+_WORKER_BUFFER_BYTES = 13 << 20
 LEAST_PIECE_BYTES = 1 << 16
 
 
@@ -180,7 +182,9 @@ class Merge:
     @property
     def _piece_bytes(self) -> int:
         """Of a piece as float32, so that the buffers of all workers stay within their budget."""
-        return max(min(CPU_PIECE_BYTES, _MOST_BUFFER_BYTES // self._num_buffers), LEAST_PIECE_BYTES)
+        num_workers = max(self._num_workers, 1)
+        budget_bytes = min(_MOST_BUFFER_BYTES, num_workers * _WORKER_BUFFER_BYTES)
+        return max(min(CPU_PIECE_BYTES, budget_bytes // self._num_buffers), LEAST_PIECE_BYTES)
 
     @property
     def _num_buffers(self) -> int:
