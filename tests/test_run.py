@@ -29,10 +29,11 @@ CHECKPOINT_FILES = {
     "tokenizer_config.json",
 }
 SEQUENTIAL_LAST = Path("sequential/seed-0/02-sizes")
+pytestmark = pytest.mark.slow  # whole trainings
+
 _HOLD = """
 import sys, filelock
 
-pytestmark = pytest.mark.slow  # whole trainings
 with filelock.FileLock(sys.argv[1]):
     print("held", flush=True)
     sys.stdin.read()
