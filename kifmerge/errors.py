@@ -7,6 +7,7 @@
     ├── TrainingError             3  the model, optimizer or gradients cannot be trained this way
     ├── RunError                  3  the output folder is in the way, or belongs to another run
     └── TryAgainError             4  network, full disk: the same command may work later
+        └── DamagedTransferError  4  bytes came otherwise than they were sent: none is kept
 
 A message says what we were doing, what was found against what was expected, and what to do next.
 """
@@ -54,6 +55,10 @@ class TryAgainError(KifmergeError):
     """Nothing is wrong with the request: the same command may work later."""
 
     exit_code = 4
+
+
+class DamagedTransferError(TryAgainError):
+    """Bytes came otherwise than they were sent: what was made of them must not be kept."""
 
 
 def check_choices(options: Any) -> None:

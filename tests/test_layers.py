@@ -15,13 +15,16 @@ PACKAGE = Path(kifmerge.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 MOST_LINES = 400
 
-LAYERS = ("errors", "tensor", "checkpoint", "phases", "recipe", "trials", "run", "demo", "shell")
+LAYERS = (
+    "errors", "tensor", "hub", "checkpoint", "phases", "recipe", "trials", "run", "demo", "shell",
+)  # fmt: skip
 SHELL = ("cli", "display", "__main__")  # parsing and printing
 FACADE = "__init__"  # may name anything: it loads when asked
 
 ALLOWED_OUTSIDE = {
     "errors": set(),
     "tensor": {"torch"},
+    "hub": {"huggingface_hub"},
     "checkpoint": {"torch", "safetensors", "huggingface_hub", "filelock", "xxhash"},
 }
 HEAVY = {"torch", "transformers", "numpy", "pydantic", "safetensors", "yaml", "rich"}

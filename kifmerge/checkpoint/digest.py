@@ -7,20 +7,23 @@ what changed by accident, a bit in a shard or another training; it is no proof a
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import re
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import xxhash
 from torch import Tensor
 
+from kifmerge.checkpoint.folder import File, Folder, file_sizes, is_folder, open_file
 from kifmerge.checkpoint.header import PlacedTensor, TensorInfo, bytes_of, read_header
 
 BLOCK_BYTES = 1 << 20
 # Parts that come before their turn are kept as long as they are few.
 MOST_PENDING_BYTES = 1 << 26
+_CHECKPOINT_STEMS = ("adapter_model", "model")
 _WHOLE_FILES = ("*.jsonl", "units.json")
 _SHARD_NUMBER = re.compile(r"-\d+-of-\d+$")
 
@@ -85,34 +88,45 @@ class _RunningDigest:
         self.position += values.numel()
 
 
-def digest(path: Path, known: Mapping[str, str] | None = None) -> str | None:
+def digest(path: Folder, known: Mapping[str, str] | None = None) -> str | None:
     """SHA-256 of what a folder's tensors, memory rows and skill units are, or of one file.
 
-    None if there is nothing on this disk, as for a Hub reference.
+    None if there is nothing of it.
 
     Args:
-        path: folder or file.
+        path: folder, or file on this disk.
         known: ``FILE/NAME`` -> digest of tensors that need not be read again.
 
     Raises:
         CheckpointError: a safetensors file that is damaged.
     """
-    if path.is_file():
+    if isinstance(path, Path) and path.is_file():
         return file_sha256(path)
-    if not path.is_dir():
+    if not is_folder(path):
         return None
-    whole = [file for pattern in _WHOLE_FILES for file in path.glob(pattern)]
-    lines = [f"{file.name} {file_sha256(file)}" for file in whole]
-    for file in path.glob("*.safetensors"):
-        stem = stem_of(file.name)
+    names = list(file_sizes(path))
+    whole = [name for pattern in _WHOLE_FILES for name in fnmatch.filter(names, pattern)]
+    lines = [f"{name} {file_sha256(path / name)}" for name in whole]
+    for file_name in _weight_files(names):
+        stem, file = stem_of(file_name), open_file(path, file_name)
         lines += [
             f"{stem}/{name} {tensor.info} "
-            + ((known or {}).get(f"{file.name}/{name}") or _tensor_digest(file, tensor))
+            + ((known or {}).get(f"{file_name}/{name}") or _tensor_digest(file, tensor))
             for name, tensor in read_header(file).items()
         ]
     if not lines:
         return None
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+
+def _weight_files(names: Sequence[str]) -> list[str]:
+    """Of a checkpoint its weights, and not other copies of them that lie beside; else all."""
+    files = fnmatch.filter(names, "*.safetensors")
+    for stem in _CHECKPOINT_STEMS:
+        found = [name for name in files if stem_of(name) == stem]
+        if found:
+            return found
+    return files
 
 
 def stem_of(file_name: str) -> str:
@@ -133,12 +147,13 @@ def file_sha256(path: Path) -> str:
     return content.hexdigest()
 
 
-def _tensor_digest(path: Path, tensor: PlacedTensor) -> str:
+def _tensor_digest(file: File, tensor: PlacedTensor) -> str:
     content = xxhash.xxh3_128()
-    left = tensor.info.nbytes
-    with path.open("rb") as stream:
-        stream.seek(tensor.offset)
-        while left and (block := stream.read(min(left, BLOCK_BYTES))):
-            content.update(block)
-            left -= len(block)
+    buffer = memoryview(bytearray(BLOCK_BYTES))
+    stop = tensor.offset + tensor.info.nbytes
+    file.expect([(tensor.offset, stop)])
+    for offset in range(tensor.offset, stop, BLOCK_BYTES):
+        block = buffer[: min(stop - offset, BLOCK_BYTES)]
+        file.read_into(offset, block)
+        content.update(block)
     return content.hexdigest()

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from kifmerge.checkpoint.folder import File, LocalFile
 from kifmerge.errors import CheckpointError
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -86,33 +87,30 @@ class PlacedTensor:
     offset: int
 
 
-def read_header(path: Path) -> dict[str, PlacedTensor]:
+def read_header(file: File | Path) -> dict[str, PlacedTensor]:
     """Tensors of a safetensors file by name, in the order of the file.
 
     Raises:
         CheckpointError: no such file, truncated, or a header that no writer makes.
     """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            start = file.read(_LENGTH_BYTES)
-            length = struct.unpack("<Q", start)[0] if len(start) == _LENGTH_BYTES else None
-            if length is None or _LENGTH_BYTES + length > size:
-                raise CheckpointError(f"{path}: truncated: it ends within its header")
-            if length > _MOST_HEADER_BYTES:
-                raise CheckpointError(f"{path}: a header of {length} bytes is no safetensors file")
-            text = file.read(length)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    file = LocalFile(file) if isinstance(file, Path) else file
+    label, size = file.label, file.size
+    start = file.head(_LENGTH_BYTES)
+    length = struct.unpack("<Q", start)[0] if len(start) == _LENGTH_BYTES else None
+    if length is None or _LENGTH_BYTES + length > size:
+        raise CheckpointError(f"{label}: truncated: it ends within its header")
+    if length > _MOST_HEADER_BYTES:
+        raise CheckpointError(f"{label}: a header of {length} bytes is no safetensors file")
     begin = _LENGTH_BYTES + length
+    text = file.head(begin)[_LENGTH_BYTES:]
     try:
         placed = _placed(json.loads(text, object_pairs_hook=_distinct), begin)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not a safetensors header ({error})") from error
+        raise CheckpointError(f"{label}: not a safetensors header ({error})") from error
     end = max((begin, *(tensor.offset + tensor.info.nbytes for tensor in placed.values())))
     if end != size:
         state = "truncated" if end > size else "longer than its header says"
-        raise CheckpointError(f"{path}: {state}: expected {end} bytes, found {size}")
+        raise CheckpointError(f"{label}: {state}: expected {end} bytes, found {size}")
     return placed
 
 

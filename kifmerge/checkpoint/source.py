@@ -6,10 +6,10 @@ that sees slices alone works for any size of model, and files and training share
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +17,15 @@ import torch
 from torch import Tensor
 
 from kifmerge.checkpoint.digest import TensorDigests, digest
+from kifmerge.checkpoint.folder import (
+    File,
+    Folder,
+    Folders,
+    file_sizes,
+    has_file,
+    is_folder,
+    open_file,
+)
 from kifmerge.checkpoint.header import PlacedTensor, TensorInfo, bytes_of, read_header
 from kifmerge.checkpoint.provenance import read_details
 from kifmerge.errors import CheckpointError, problem_list
@@ -132,15 +141,15 @@ class FolderSource:
         CheckpointError: nothing there, or damaged.
     """
 
-    def __init__(self, directory: Path, stem: str) -> None:
+    def __init__(self, directory: Folder, stem: str) -> None:
         self.directory = directory
         self.stem = stem
-        self._placed: dict[str, tuple[Path, PlacedTensor]] = {}
-        self._states: dict[Path, tuple[int, int]] = {}
+        self._placed: dict[str, tuple[File, PlacedTensor]] = {}
+        self._expected: set[str] = set()
         self.digests = TensorDigests()
         self._fingerprint: str | None = None
         single = f"{stem}.safetensors"
-        if (directory / single).is_file():
+        if has_file(directory, single):
             weight_map, shards = None, [single]
         else:
             weight_map = _weight_map(directory, stem)
@@ -150,13 +159,12 @@ class FolderSource:
             self._check_index(weight_map)
 
     def _open(self, file_name: str) -> tuple[str, ...]:
-        path = self.directory / file_name
-        placed = read_header(path)
-        self._states[path] = _file_state(path)
+        file = open_file(self.directory, file_name)
+        placed = read_header(file)
         twice = sorted(placed.keys() & self._placed.keys())
         if twice:
-            raise CheckpointError(f"{path}: {twice[0]} is in another shard too")
-        self._placed.update({name: (path, tensor) for name, tensor in placed.items()})
+            raise CheckpointError(f"{file.label}: {twice[0]} is in another shard too")
+        self._placed.update({name: (file, tensor) for name, tensor in placed.items()})
         return tuple(placed)
 
     def _check_index(self, weight_map: Mapping[str, str]) -> None:
@@ -168,8 +176,8 @@ class FolderSource:
             if weight_map.get(name) != found.get(name)
         ]
         if problems:
-            index_path = self.directory / index_name(self.stem)
-            raise CheckpointError(problem_list(f"{index_path} and its shards disagree", problems))
+            index = f"{self.directory}/{index_name(self.stem)}"
+            raise CheckpointError(problem_list(f"{index} and its shards disagree", problems))
 
     def names(self) -> Sequence[str]:
         """Shard by shard, in the order of the files."""
@@ -181,36 +189,32 @@ class FolderSource:
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Read these elements alone, into memory of their own."""
-        path, tensor = self._find(name)
+        file, tensor = self._find(name)
         if not 0 <= start <= stop <= tensor.info.numel:
             raise IndexError(f"{name}: elements {start} to {stop} of {tensor.info.numel}")
         values = torch.empty(stop - start, dtype=tensor.info.dtype)
         if stop > start:
-            self._read_into(path, tensor.offset + start * values.itemsize, values)
+            if name not in self._expected:
+                self.expect([name])
+            view = memoryview(bytes_of(values))
+            file.read_into(tensor.offset + start * values.itemsize, view)
         self.digests.feed(name, tensor.info, start, values)
         return values
 
-    def _read_into(self, path: Path, offset: int, values: Tensor) -> None:
-        view = memoryview(bytes_of(values))
-        try:
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                status = os.fstat(descriptor)
-                if (status.st_size, status.st_mtime_ns) != self._states[path]:
-                    raise CheckpointError(f"{path}: changed while it was being read")
-                while view:
-                    num_read = os.preadv(descriptor, [view], offset)
-                    if num_read == 0:
-                        raise CheckpointError(f"{path}: truncated while it was being read")
-                    view, offset = view[num_read:], offset + num_read
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    def expect(self, names: Iterable[str]) -> None:
+        """Tell which tensors are going to be read; without it each is a surprise to the network."""
+        ranges: dict[File, list[tuple[int, int]]] = {}
+        for name in names:
+            file, tensor = self._find(name)
+            stop = tensor.offset + tensor.info.nbytes
+            ranges.setdefault(file, []).append((tensor.offset, stop))
+            self._expected.add(name)
+        for file, expected in ranges.items():
+            file.expect(expected)
 
     def where(self, name: str) -> str:
-        """Path of the file that holds the tensor."""
-        return str(self._find(name)[0])
+        """The file that holds the tensor."""
+        return self._find(name)[0].label
 
     def fingerprint(self) -> str:
         """The folder's digest, as provenance records it."""
@@ -226,33 +230,32 @@ class FolderSource:
         assert self._fingerprint is not None
         return self._fingerprint
 
-    def _find(self, name: str) -> tuple[Path, PlacedTensor]:
+    def _find(self, name: str) -> tuple[File, PlacedTensor]:
         try:
             return self._placed[name]
         except KeyError:
             raise CheckpointError(f"{self.directory} holds no tensor {name}") from None
 
 
-def open_source(path: Path | str) -> FolderSource:
+def open_source(folder: Folder | str) -> FolderSource:
     """Open a checkpoint: a model's folder or a PEFT adapter's, from its headers alone.
 
     Raises:
         CheckpointError: no such folder, no safetensors weights, pickles only, a quantised
             checkpoint, or damaged files.
     """
-    directory = Path(path)
-    if not directory.is_dir():
+    folder = Folders().open(folder) if isinstance(folder, str) else folder
+    if not is_folder(folder):
         raise CheckpointError(
-            f"{directory}: no such folder. Expected a checkpoint: a folder with safetensors files"
+            f"{folder}: no such folder. Expected a checkpoint: a folder with safetensors files"
         )
-    is_adapter = (directory / ADAPTER_CONFIG).exists()
+    is_adapter = has_file(folder, ADAPTER_CONFIG)
     stem = ADAPTER_STEM if is_adapter else MODEL_STEM
     if not is_adapter:
-        _refuse_quantised(directory)
-    expected = (directory / f"{stem}.safetensors", directory / index_name(stem))
-    if not any(path.exists() for path in expected):
-        raise CheckpointError(_no_weights(directory, stem))
-    return FolderSource(directory, stem)
+        _refuse_quantised(folder)
+    if not any(has_file(folder, name) for name in (f"{stem}.safetensors", index_name(stem))):
+        raise CheckpointError(_no_weights(folder, stem))
+    return FolderSource(folder, stem)
 
 
 def index_name(stem: str) -> str:
@@ -264,49 +267,46 @@ def index_name(stem: str) -> str:
     return f"{stem}.safetensors.index.json"
 
 
-def _no_weights(directory: Path, stem: str) -> str:
-    pickles = sorted(p.name for pattern in _PICKLES for p in directory.glob(pattern))
+def _no_weights(folder: Folder, stem: str) -> str:
+    names = file_sizes(folder)
+    pickles = [name for name in names if any(fnmatch.fnmatch(name, p) for p in _PICKLES)]
     expected = f"expected {stem}.safetensors or {index_name(stem)}"
     if not pickles:
-        return f"{directory} holds no weights: {expected}"
+        return f"{folder} holds no weights: {expected}"
     return (
-        f"{directory}: {expected}, found pickles only ({', '.join(pickles[:3])}), which may run "
+        f"{folder}: {expected}, found pickles only ({', '.join(pickles[:3])}), which may run "
         "code when they are loaded. Load it with transformers or peft where you trust it, and "
         "save_pretrained(...) it again: that writes safetensors"
     )
 
 
-def _refuse_quantised(directory: Path) -> None:
-    quantised = read_details(directory / "config.json").get("quantization_config")
+def _refuse_quantised(folder: Folder) -> None:
+    quantised = read_details(folder / "config.json").get("quantization_config")
     if quantised:
         found = quantised if isinstance(quantised, dict) else {}
         method = found.get("quant_method") or "an unnamed method"
         raise CheckpointError(
-            f"{directory} is quantised by {method}: its files hold packed integers and scales, "
+            f"{folder} is quantised by {method}: its files hold packed integers and scales, "
             "between which task vectors mean nothing. Take the checkpoint as it was before "
             "quantisation, and quantise the result"
         )
 
 
-def _weight_map(directory: Path, stem: str) -> dict[str, str]:
-    path = directory / index_name(stem)
-    if not path.exists():
-        raise CheckpointError(f"{directory}: expected {stem}.safetensors or {path.name}")
-    weight_map: Any = read_details(path).get("weight_map")
+def _weight_map(folder: Folder, stem: str) -> dict[str, str]:
+    name = index_name(stem)
+    if not has_file(folder, name):
+        raise CheckpointError(f"{folder}: expected {stem}.safetensors or {name}")
+    path = f"{folder}/{name}"
+    weight_map: Any = read_details(folder / name).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: expected a weight_map of tensor name to shard")
     for shard in {json.dumps(shard): shard for shard in weight_map.values()}.values():
         # A name with folders in it could lead out of the checkpoint.
         if not isinstance(shard, str) or Path(shard).name != shard:
             raise CheckpointError(f"{path}: {shard!r} is no file name of a shard")
-    missing = sorted(s for s in set(weight_map.values()) if not (directory / s).is_file())
+    missing = sorted(s for s in set(weight_map.values()) if not has_file(folder, s))
     if missing:
         names = {shard: name for name, shard in weight_map.items()}
         problems = [f"{shard}, which should hold {names[shard]}" for shard in missing]
         raise CheckpointError(problem_list(f"{path} names shards that are missing", problems))
     return weight_map
-
-
-def _file_state(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns
