@@ -42,7 +42,7 @@ split = fuse.split_piece
 
 def slowly(*arguments):
     print("fusing", flush=True)
-    time.sleep(0.2)
+    time.sleep(2)
     return split(*arguments)
 
 

@@ -23,7 +23,7 @@ from kifmerge.checkpoint.header import PlacedTensor, TensorInfo, bytes_of, read_
 BLOCK_BYTES = 1 << 20
 # Parts that come before their turn are kept as long as they are few.
 MOST_PENDING_BYTES = 1 << 26
-_CHECKPOINT_STEMS = ("adapter_model", "model")
+CHECKPOINT_STEMS = ("adapter_model", "model")
 _WHOLE_FILES = ("*.jsonl", "units.json")
 _SHARD_NUMBER = re.compile(r"-\d+-of-\d+$")
 
@@ -122,7 +122,7 @@ def digest(path: Folder, known: Mapping[str, str] | None = None) -> str | None:
 def _weight_files(names: Sequence[str]) -> list[str]:
     """Of a checkpoint its weights, and not other copies of them that lie beside; else all."""
     files = fnmatch.filter(names, "*.safetensors")
-    for stem in _CHECKPOINT_STEMS:
+    for stem in CHECKPOINT_STEMS:
         found = [name for name in files if stem_of(name) == stem]
         if found:
             return found

@@ -140,6 +140,11 @@ class Folders:
         return {role: self.open(text) for role, text in texts.items()}
 
 
+def as_folder(reference: Folder | str) -> Folder:
+    """A folder as it is, or the one that a text names."""
+    return Folders().open(reference) if isinstance(reference, str) else reference
+
+
 def open_file(folder: Folder, name: str) -> File:
     """A file of a folder, to be read in parts.
 
@@ -149,12 +154,26 @@ def open_file(folder: Folder, name: str) -> File:
     return LocalFile(folder / name) if isinstance(folder, Path) else folder.open(name)
 
 
-def file_sizes(folder: Folder) -> dict[str, int]:
-    """Name -> bytes of the files directly in a folder, in the order of their names."""
+def file_sizes(folder: Folder, inner: str = "") -> dict[str, int]:
+    """Name -> bytes of the files directly in a folder, or in one in it, in the order of names."""
     if isinstance(folder, Path):
-        files = sorted(path for path in folder.iterdir() if path.is_file())
+        directory = folder / inner
+        files = sorted(p for p in directory.iterdir() if p.is_file()) if directory.is_dir() else []
         return {path.name: path.stat().st_size for path in files}
-    return {name: file.size for name, file in sorted(folder.files.items()) if "/" not in name}
+    start = f"{inner}/" if inner else ""
+    sizes = {
+        name.removeprefix(start): file.size
+        for name, file in sorted(folder.files.items())
+        if name.startswith(start)
+    }
+    return {name: size for name, size in sizes.items() if "/" not in name}
+
+
+def inner_folders(folder: Folder) -> list[str]:
+    """Names of the folders directly in a folder, in order."""
+    if isinstance(folder, Path):
+        return sorted(path.name for path in folder.iterdir() if path.is_dir())
+    return sorted({name.partition("/")[0] for name in folder.files if "/" in name})
 
 
 def has_file(folder: Folder, name: str) -> bool:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kifmerge.checkpoint.atomic import write_json
+from kifmerge.checkpoint.folder import Folder, as_folder
 from kifmerge.checkpoint.header import TensorInfo
 from kifmerge.checkpoint.provenance import check_format, read_details
 from kifmerge.checkpoint.sink import FolderSink
@@ -70,8 +71,8 @@ class MaskSource:
         CheckpointError: no mask there, one of a newer version, or damaged.
     """
 
-    def __init__(self, directory: Path | str) -> None:
-        self._directory = Path(directory)
+    def __init__(self, directory: Folder | str) -> None:
+        directory = self._directory = as_folder(directory)
         path = self._directory / DETAIL_FILE
         self.details: Mapping[str, Any] = read_details(path)
         if not self.details:
@@ -100,6 +101,11 @@ class MaskSource:
         if problems:
             raise CheckpointError(problem_list(f"{path} and its tensors disagree", problems))
         return infos
+
+    @property
+    def stored(self) -> FolderSource:
+        """The packed bits."""
+        return self._packed
 
     def names(self) -> Sequence[str]:
         """In the order of the file."""

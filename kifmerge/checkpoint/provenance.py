@@ -5,6 +5,9 @@ Every artifact of a command is a folder (or a file with a folder's manners) whos
     "made_by": {"command": NAME, "options": {...},
                 "parents": {ROLE: {"reference": REF, "digest": DIGEST}}}
 
+A reference to the Hub is pinned to a commit: two that are equal name the same bytes.
+
+
 so that the same command, run again, sees that its work is done; so that an artifact of another
 model is refused; and so that a checkpoint can be rebuilt.
 """
@@ -18,7 +21,9 @@ from typing import Any
 
 from kifmerge.checkpoint.atomic import write_json
 from kifmerge.checkpoint.digest import digest
+from kifmerge.checkpoint.folder import Folder
 from kifmerge.errors import CheckpointError, RunError
+from kifmerge.hub.folder import HubFolder
 
 PROVENANCE_FILE = "kifmerge.json"
 CHECKPOINT_FORMAT = "kifmerge.checkpoint"
@@ -28,7 +33,7 @@ VERSION = 1
 def made_by(
     command: str,
     options: Mapping[str, Any],
-    parents: Mapping[str, Path | str | None],
+    parents: Mapping[str, Folder | str | None],
     digests: Mapping[str, str | None] | None = None,
 ) -> dict[str, Any]:
     """Describe how an artifact is made, its local parents by the digest of what they hold.
@@ -37,13 +42,13 @@ def made_by(
         command: name of the command.
         options: all that its result depends on, as plain JSON values.
         parents: role -> folder or file, or None where a role is not filled.
-        digests: role -> digest, where it is known already.
+        digests: role -> digest, where it is known already; those of the Hub are not asked for.
     """
     known = digests or {}
     described = {
         role: {
             "reference": str(parent),
-            "digest": known[role] if role in known else digest(Path(parent)),
+            "digest": known[role] if role in known else _local_digest(parent),
         }
         for role, parent in parents.items()
         if parent is not None
@@ -67,7 +72,7 @@ def is_made(path: Path, detail_file: str, wanted: Mapping[str, Any], *, overwrit
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return False
     found = read_details(path / detail_file).get("made_by") if path.is_dir() else None
-    if found == wanted:
+    if found is not None and _is_same(found, wanted):
         return True
     if overwrite:
         return False
@@ -77,14 +82,33 @@ def is_made(path: Path, detail_file: str, wanted: Mapping[str, Any], *, overwrit
     )
 
 
-def refuse_inputs_inside(out_dir: Path, parents: Iterable[Path | None]) -> None:
+def _is_same(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether two artifacts are made alike; a digest that is not known matches any."""
+    parents = found.get("parents")
+    known = {
+        role: {**parent, "digest": parents[role].get("digest")}
+        if parent["digest"] is None and isinstance(parents, dict) and role in parents
+        else parent
+        for role, parent in wanted["parents"].items()
+    }
+    return {**wanted, "parents": known} == dict(found)
+
+
+def _local_digest(parent: Folder | str) -> str | None:
+    return None if isinstance(parent, HubFolder) else digest(Path(parent))
+
+
+def refuse_inputs_inside(out_dir: Path, parents: Iterable[Folder | None]) -> None:
     """Refuse an output folder that is one of the inputs, or holds one.
 
     Raises:
         RunError: naming both.
     """
-    for path in filter(None, parents):
-        if out_dir.resolve() in (path.resolve(), *path.resolve().parents):
+    for path in parents:
+        if isinstance(path, Path) and out_dir.resolve() in (
+            path.resolve(),
+            *path.resolve().parents,
+        ):
             raise RunError(f"{out_dir} holds an input, {path}: choose another folder")
 
 
@@ -105,7 +129,7 @@ def read_details(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_provenance(directory: Path) -> dict[str, Any]:
+def read_provenance(directory: Folder) -> dict[str, Any]:
     """Content of a checkpoint's ``kifmerge.json``; empty for a checkpoint that is not ours.
 
     Raises:

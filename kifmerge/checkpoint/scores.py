@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kifmerge.checkpoint.folder import Folder, as_folder
 from kifmerge.checkpoint.header import TensorInfo
 from kifmerge.checkpoint.provenance import check_format, read_details
 from kifmerge.checkpoint.snapshot import DETAIL_FILE, FORMAT, TENSOR_FILE, VERSION
@@ -67,6 +68,11 @@ class Scores:
         return self._source.fingerprint()
 
     @property
+    def stored(self) -> Source:
+        """The tensors that scores are made of."""
+        return self._source
+
+    @property
     def num_bytes(self) -> int:
         """What reading all scores once reads."""
         infos = [self._source.info(key) for keys in self._keys.values() for key in keys]
@@ -79,13 +85,13 @@ class Scores:
             raise CheckpointError(f"no importance score of {name}") from None
 
 
-def open_scores(directory: Path | str) -> Scores:
+def open_scores(directory: Folder | str) -> Scores:
     """Open an importance snapshot, by the score kind that its options recorded.
 
     Raises:
         CheckpointError: no snapshot there, one of a newer version, or a damaged file.
     """
-    directory = Path(directory)
+    directory = as_folder(directory)
     details = read_details(directory / DETAIL_FILE)
     if not details:
         raise CheckpointError(f"{directory} holds no importance snapshot: no {DETAIL_FILE}")

@@ -6,10 +6,8 @@ only when every element has come exactly once.
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import os
-import shutil
 import threading
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,17 +20,8 @@ from torch import Tensor
 from kifmerge.checkpoint.atomic import flush, write_json
 from kifmerge.checkpoint.digest import file_sha256
 from kifmerge.checkpoint.header import TensorInfo, bytes_of, header_of
-from kifmerge.checkpoint.provenance import PROVENANCE_FILE
 from kifmerge.checkpoint.source import FolderSource, index_name
 
-# Not part of what a checkpoint's users load beside its weights: the weights themselves, in any
-# format, their indexes, what trainers keep, and descriptions of the checkpoint they lie beside.
-_NOT_COPIED = (
-    "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.gguf",
-    "*.index.json", "trainer_state.json", "importance.json", "mask.json", "units.json", "README.md",
-    "recurrent.json", PROVENANCE_FILE, ".*",
-)  # fmt: skip
-_COPIED_FOLDERS = ("additional_chat_templates",)
 # Parts that come before their turn wait to be hashed as long as they are few.
 MOST_PENDING_BYTES = 1 << 26
 
@@ -336,15 +325,6 @@ def with_dtype(
         ]
         for file, infos in layout.items()
     }
-
-
-def copy_companions(source_dir: Path, directory: Path) -> None:
-    """Copy what belongs to a checkpoint beside its weights: config, tokenizer, templates, code."""
-    for path in sorted(source_dir.iterdir()):
-        if path.is_dir() and path.name in _COPIED_FOLDERS:
-            shutil.copytree(path, directory / path.name)
-        elif path.is_file() and not any(fnmatch.fnmatch(path.name, p) for p in _NOT_COPIED):
-            shutil.copyfile(path, directory / path.name)
 
 
 def _check_part(name: str, info: TensorInfo, start: int, values: Tensor) -> None:

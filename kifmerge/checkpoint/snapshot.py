@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kifmerge.checkpoint.atomic import whole_file, write_json
+from kifmerge.checkpoint.folder import Folder, as_folder
 from kifmerge.checkpoint.header import TensorInfo, bytes_of, header_of
 from kifmerge.checkpoint.provenance import check_format, read_details
 from kifmerge.checkpoint.source import FolderSource, index_name
@@ -45,7 +46,7 @@ class Snapshot:
         source: of the tensors as they are kept.
     """
 
-    directory: Path
+    directory: Folder
     details: Mapping[str, Any]
     names: tuple[str, ...]
     source: FolderSource
@@ -131,13 +132,13 @@ def _info(tensor: Tensor, dtype: torch.dtype | None) -> TensorInfo:
     return TensorInfo(dtype or tensor.dtype, tuple(tensor.shape))
 
 
-def read_snapshot(directory: Path | str) -> Snapshot:
+def read_snapshot(directory: Folder | str) -> Snapshot:
     """Open a snapshot, reading its JSON and its headers only.
 
     Raises:
         CheckpointError: no snapshot there, one of a newer version, or a damaged file.
     """
-    directory = Path(directory)
+    directory = as_folder(directory)
     detail_path = directory / DETAIL_FILE
     details = read_details(detail_path)
     if not details:

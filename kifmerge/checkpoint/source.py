@@ -20,7 +20,7 @@ from kifmerge.checkpoint.digest import TensorDigests, digest
 from kifmerge.checkpoint.folder import (
     File,
     Folder,
-    Folders,
+    as_folder,
     file_sizes,
     has_file,
     is_folder,
@@ -244,7 +244,7 @@ def open_source(folder: Folder | str) -> FolderSource:
         CheckpointError: no such folder, no safetensors weights, pickles only, a quantised
             checkpoint, or damaged files.
     """
-    folder = Folders().open(folder) if isinstance(folder, str) else folder
+    folder = as_folder(folder)
     if not is_folder(folder):
         raise CheckpointError(
             f"{folder}: no such folder. Expected a checkpoint: a folder with safetensors files"

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from kifmerge.checkpoint.atomic import whole_file
+from kifmerge.checkpoint.folder import Folder, as_folder
 from kifmerge.checkpoint.header import TensorInfo, bytes_of
 from kifmerge.checkpoint.provenance import check_format, read_details
 from kifmerge.checkpoint.source import Source
@@ -157,13 +158,14 @@ def _as_json(unit: Unit) -> dict[str, Any]:
     }
 
 
-def read_units(directory: Path | str) -> Units:
+def read_units(directory: Folder | str) -> Units:
     """Read the skill units of a folder.
 
     Raises:
         CheckpointError: none there, of a newer version, or damaged.
     """
-    path = Path(directory) / DETAIL_FILE
+    directory = as_folder(directory)
+    path = directory / DETAIL_FILE
     try:
         content = read_details(path)
     except RecursionError as error:

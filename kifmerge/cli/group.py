@@ -7,22 +7,22 @@ from typing import Annotated, Literal
 
 import typer
 
-from kifmerge.cli.options import DryRunOption, JsonOption, QuietOption, ReplaceOption
+from kifmerge.cli.options import DryRunOption, FetchOption, JsonOption, QuietOption, ReplaceOption
 from kifmerge.cli.output import print_mapping
-from kifmerge.cli.reporting import as_usage, print_result, reporting
+from kifmerge.cli.reporting import as_usage, opener, print_result, reporting
 
 
 def group(
     importance: Annotated[
-        Path, typer.Option(metavar="DIR", help="Importance snapshot of the new task.")
+        str, typer.Option(metavar="REF", help="Importance snapshot of the new task.")
     ],
     unit: Annotated[
         Literal["tensor", "lora-rank", "layer"], typer.Option(help="What shares one score.")
     ],
     out: Annotated[Path, typer.Option(help="Folder of the skill units to make.")],
     historical_units: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Skill units after the task before, to add up to."),
+        str | None,
+        typer.Option(metavar="REF", help="Skill units after the task before, to add up to."),
     ] = None,
     new_weight: Annotated[
         float | None,
@@ -32,6 +32,7 @@ def group(
         float | None,
         typer.Option(min=0, max=1, help="Of the scores before in the sum; 0.7 if not given."),
     ] = None,
+    fetch: FetchOption = "auto",
     dry_run: DryRunOption = False,
     overwrite: ReplaceOption = False,
     json_output: JsonOption = False,
@@ -47,7 +48,9 @@ def group(
             flags = " or ".join(f"--{name.replace('_', '-')}" for name in given)
             raise ValueError(f"{flags} means nothing without --historical-units")
         options = GroupOptions(unit=unit, **given)
-    grouping = Group(importance, options, historical_units=historical_units)
+    folders = opener(fetch, quiet=quiet)
+    before = None if historical_units is None else folders.open(historical_units)
+    grouping = Group(folders.open(importance), options, historical_units=before)
     plan = grouping.plan()
     if dry_run:
         print_mapping(plan, json_output=json_output)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kifmerge.cli.options import JsonOption, QuietOption
+from kifmerge.cli.options import FetchOption, JsonOption, QuietOption
 from kifmerge.cli.output import print_mapping
-from kifmerge.cli.reporting import reporting
+from kifmerge.cli.reporting import opener, reporting
 
 if TYPE_CHECKING:
     from kifmerge.phases.diff import Change, Diff
@@ -33,13 +33,16 @@ def inspect(
         float,
         typer.Option(min=0, max=1, help="Of a snapshot or units: the share to find important."),
     ] = 0.2,
+    fetch: FetchOption = "auto",
     json_output: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Show what a folder is, where it came from and what it holds, without loading it."""
     from kifmerge.display import print_tables
     from kifmerge.phases.inspect import inspect_folder, kind_of
 
-    kind = kind_of(reference)
+    folder = opener(fetch, quiet=quiet).open(reference)
+    kind = kind_of(folder)
     if kind == "run folder":
         from kifmerge.run import run_status
 
@@ -47,7 +50,7 @@ def inspect(
         content = {"kind": kind, "reference": reference, **status}
         tables = [_trial_table(content.pop("trials"))] if not json_output else []
     else:
-        found = inspect_folder(reference, important_fraction)
+        found = inspect_folder(folder, important_fraction)
         content = found.as_dict() if json_output else _summary(found)
         has_tensors = kind != "skill units"
         tables = [_tensor_table(found), _layer_table(found)] if has_tensors else []
@@ -69,6 +72,7 @@ def diff(
     tensors: Annotated[
         bool, typer.Option("--tensors", help="Show each tensor instead of each layer.")
     ] = False,
+    fetch: FetchOption = "auto",
     json_output: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -76,7 +80,8 @@ def diff(
     from kifmerge.display import print_tables
     from kifmerge.phases.diff import FolderDiff
 
-    compared = FolderDiff(first, second)
+    folders = opener(fetch, quiet=quiet)
+    compared = FolderDiff(folders.open(first), folders.open(second))
     with reporting("comparing", compared.num_values, quiet=quiet) as on_progress:
         found = compared.run(on_progress=on_progress)
     content = found.as_dict()

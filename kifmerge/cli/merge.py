@@ -12,6 +12,7 @@ import typer
 from kifmerge.cli.options import (
     AllowOption,
     DryRunOption,
+    FetchOption,
     FractionOption,
     JsonOption,
     NonfiniteOption,
@@ -24,7 +25,7 @@ from kifmerge.cli.options import (
     parse_bytes,
 )
 from kifmerge.cli.output import print_mapping
-from kifmerge.cli.reporting import as_usage, print_result, reporting
+from kifmerge.cli.reporting import as_usage, opener, print_result, reporting
 
 if TYPE_CHECKING:
     from kifmerge.phases.inputs import MergeInputs
@@ -34,8 +35,6 @@ RuleName = Literal[
     "recurrent-kif", "recurrent-kif-adaptive", "average", "recurrent-average", "kif",
     "kif-adaptive", "linear", "task-arithmetic", "ties", "magmax",
 ]  # fmt: skip
-Reference = Annotated[Path | None, typer.Option(metavar="REF")]
-Folder = Annotated[Path | None, typer.Option(metavar="DIR")]
 
 
 def merge(
@@ -46,49 +45,47 @@ def merge(
     ] = None,
     rule: Annotated[RuleName | None, typer.Option(help="How the models are fused.")] = None,
     base: Annotated[
-        Path | None, typer.Option(metavar="REF", help="Where task vectors start.")
+        str | None, typer.Option(metavar="REF", help="Where task vectors start.")
     ] = None,
-    new: Annotated[
-        Path | None, typer.Option(metavar="REF", help="Trained on the new task.")
-    ] = None,
+    new: Annotated[str | None, typer.Option(metavar="REF", help="Trained on the new task.")] = None,
     historical: Annotated[
-        Path | None, typer.Option(metavar="REF", help="Trained on memory of the earlier tasks.")
+        str | None, typer.Option(metavar="REF", help="Trained on memory of the earlier tasks.")
     ] = None,
     model: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Option(metavar="REF", help="Instead of new and historical: any number, repeated."),
     ] = None,
     weight: Annotated[
         list[float] | None, typer.Option(help="One per --model, in their order; all alike if none.")
     ] = None,
     new_importance: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Importance snapshot of the new task.")
+        str | None, typer.Option(metavar="REF", help="Importance snapshot of the new task.")
     ] = None,
     historical_importance: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Importance snapshot of the earlier tasks.")
+        str | None, typer.Option(metavar="REF", help="Importance snapshot of the earlier tasks.")
     ] = None,
     importance: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="DIR", help="Importance snapshot, one per --model in their order."),
+        list[str] | None,
+        typer.Option(metavar="REF", help="Importance snapshot, one per --model in their order."),
     ] = None,
     new_mask: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Mask of the new task: see prune.")
+        str | None, typer.Option(metavar="REF", help="Mask of the new task: see prune.")
     ] = None,
     historical_mask: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Mask of the earlier tasks.")
+        str | None, typer.Option(metavar="REF", help="Mask of the earlier tasks.")
     ] = None,
     mask: Annotated[
-        list[Path] | None, typer.Option(metavar="DIR", help="Mask, one per --model.")
+        list[str] | None, typer.Option(metavar="REF", help="Mask, one per --model.")
     ] = None,
     new_units: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Skill units of the new task: see group.")
+        str | None, typer.Option(metavar="REF", help="Skill units of the new task: see group.")
     ] = None,
     historical_units: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Units of the earlier tasks: cumulative scores count."),
+        str | None,
+        typer.Option(metavar="REF", help="Units of the earlier tasks: cumulative scores count."),
     ] = None,
     units: Annotated[
-        list[Path] | None, typer.Option(metavar="DIR", help="Skill units, one per --model.")
+        list[str] | None, typer.Option(metavar="REF", help="Skill units, one per --model.")
     ] = None,
     important_fraction: FractionOption = None,
     scope: ScopeOption = None,
@@ -137,7 +134,7 @@ def merge(
     allow: AllowOption = None,
     nonfinite: NonfiniteOption = "refuse",
     config_from: Annotated[
-        Path | None,
+        str | None,
         typer.Option(metavar="REF", help="Whose configuration and tokenizer to copy; the base's."),
     ] = None,
     shard_size: Annotated[
@@ -148,6 +145,7 @@ def merge(
         Literal["bfloat16", "float16", "float32"] | None,
         typer.Option(help="Of the output's weights; the base's if not given."),
     ] = None,
+    fetch: FetchOption = "auto",
     workers: WorkersOption = None,
     dry_run: DryRunOption = False,
     resume: Annotated[
@@ -163,6 +161,7 @@ def merge(
     from kifmerge.phases.rebuild import recorded_merge
     from kifmerge.phases.rules import RULES
 
+    folders = opener(fetch, quiet=quiet)
     expected = None
     told: dict[str, Any] = {
         "important_fraction": important_fraction,
@@ -184,20 +183,24 @@ def merge(
                 historical_units, units, historical_parent, unscored, space, allow,
                 nonfinite != "refuse", config_from, shard_size, dtype,
             )  # fmt: skip
-            recorded = recorded_merge(file)
+            recorded = recorded_merge(file, folders)
             inputs, options, further = recorded.inputs, recorded.rule, recorded.options
             expected = recorded.content
         else:
             models = _models(new, historical, model)
+            scores = _by_role(
+                "importance", models, new_importance, historical_importance, importance
+            )
+            masks = _by_role("mask", models, new_mask, historical_mask, mask)
             inputs = MergeInputs(
-                base=base,
-                models=models,
-                importance=_by_role(
-                    "importance", models, new_importance, historical_importance, importance
+                base=folders.open(base) if base else None,
+                models=folders.open_each(models),
+                importance=folders.open_each(scores),
+                masks=folders.open_each(masks),
+                units=folders.open_each(
+                    _by_role("units", models, new_units, historical_units, units)
                 ),
-                masks=_by_role("mask", models, new_mask, historical_mask, mask),
-                units=_by_role("units", models, new_units, historical_units, units),
-                config_from=config_from,
+                config_from=folders.open(config_from) if config_from else None,
             )
             options = _rule_options(rule, given(told), inputs)
             if historical_parent and not (inputs.is_two_sided and RULES[options.rule].needs_base):
@@ -237,8 +240,8 @@ def _refuse_beside_file(*others: Any) -> None:
 
 
 def _models(
-    new: Path | None, historical: Path | None, models: Sequence[Path] | None
-) -> dict[str, Path]:
+    new: str | None, historical: str | None, models: Sequence[str] | None
+) -> dict[str, str]:
     """Role -> model.
 
     Raises:
@@ -255,11 +258,11 @@ def _models(
 
 def _by_role(
     kind: str,
-    models: dict[str, Path],
-    new: Path | None,
-    historical: Path | None,
-    each: Sequence[Path] | None,
-) -> dict[str, Path]:
+    models: dict[str, str],
+    new: str | None,
+    historical: str | None,
+    each: Sequence[str] | None,
+) -> dict[str, str]:
     """Role -> what is known of its importance.
 
     Raises:

@@ -58,6 +58,13 @@ NonfiniteOption = Annotated[
     Literal["refuse", "keep"],
     typer.Option(help="NaN and infinity in the weights: an error, or carried on."),
 ]
+FetchOption = Annotated[
+    Literal["auto", "download", "stream"],
+    typer.Option(
+        help="Weights on the Hub: download them into the cache, stream them without keeping them, "
+        "or what suits the work and the disk."
+    ),
+]
 WorkersOption = Annotated[
     int | None,
     typer.Option(min=1, help="Threads that read, compute and write; one per processor."),

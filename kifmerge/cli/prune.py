@@ -10,6 +10,7 @@ import typer
 from kifmerge.cli.options import (
     AllowOption,
     DryRunOption,
+    FetchOption,
     FractionOption,
     JsonOption,
     NonfiniteOption,
@@ -21,25 +22,25 @@ from kifmerge.cli.options import (
     parse_allowed,
 )
 from kifmerge.cli.output import print_mapping
-from kifmerge.cli.reporting import as_usage, print_result, reporting
+from kifmerge.cli.reporting import as_usage, opener, print_result, reporting
 
 
 def prune(
     out: Annotated[Path, typer.Option(help="Folder of the mask to make.")],
     importance: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Importance snapshot.")
+        str | None, typer.Option(metavar="REF", help="Importance snapshot.")
     ] = None,
     units: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Skill units instead: see group.")
+        str | None, typer.Option(metavar="REF", help="Skill units instead: see group.")
     ] = None,
     important_fraction: FractionOption = None,
     scope: ScopeOption = None,
     model: Annotated[
-        Path | None,
+        str | None,
         typer.Option(metavar="REF", help="Prune this checkpoint too, into OUT/checkpoint."),
     ] = None,
     base: Annotated[
-        Path | None,
+        str | None,
         typer.Option(metavar="REF", help="What its unimportant parameters go back to."),
     ] = None,
     unscored: Annotated[
@@ -48,6 +49,7 @@ def prune(
     ] = None,
     allow: AllowOption = None,
     nonfinite: NonfiniteOption = "refuse",
+    fetch: FetchOption = "auto",
     workers: WorkersOption = None,
     dry_run: DryRunOption = False,
     overwrite: ReplaceOption = False,
@@ -64,7 +66,8 @@ def prune(
             raise ValueError("--unscored goes with --model")
         chosen = {"important_fraction": important_fraction, "scope": scope, "unscored": unscored}
         options = PruneOptions(allowed=parse_allowed(allow), nonfinite=nonfinite, **given(chosen))
-        inputs = PruneInputs(importance=importance, units=units, model=model, base=base)
+        given_inputs = {"importance": importance, "units": units, "model": model, "base": base}
+        inputs = PruneInputs(**opener(fetch, quiet=quiet).open_each(given(given_inputs)))
         pruning = Prune(inputs, options, num_workers=workers)
     plan = pruning.plan()
     if dry_run:

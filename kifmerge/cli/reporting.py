@@ -7,11 +7,30 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from kifmerge.cli.output import print_mapping
+
+if TYPE_CHECKING:
+    from kifmerge.checkpoint.folder import Folders
+    from kifmerge.hub.folder import Fetch
+
+
+def opener(fetch: Fetch, *, quiet: bool) -> Folders:
+    """What opens references; talks on stderr, unless quiet."""
+    from kifmerge.checkpoint.folder import Folders
+
+    return Folders(fetch, _hush if quiet else _say)
+
+
+def _say(text: str) -> None:
+    typer.echo(f"kifmerge: {text}", err=True)
+
+
+def _hush(text: str) -> None:
+    pass
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kifmerge.checkpoint.folder import Folder
 from kifmerge.checkpoint.provenance import read_details, read_provenance
 from kifmerge.checkpoint.source import (
     ADAPTER_CONFIG,
@@ -19,6 +20,7 @@ from kifmerge.checkpoint.source import (
     open_source,
 )
 from kifmerge.errors import CheckpointError, problem_list
+from kifmerge.hub.reference import Reference, parse_reference
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +36,7 @@ class Checkpoint:
     """
 
     role: str
-    directory: Path
+    directory: Folder
     source: FolderSource
     provenance: Mapping[str, Any] = field(default_factory=dict)
     adapter_config: Mapping[str, Any] = field(default_factory=dict)
@@ -59,7 +61,7 @@ class Checkpoint:
         return made_by.get("command") if isinstance(made_by, dict) else None
 
 
-def open_checkpoint(role: str, directory: Path) -> Checkpoint:
+def open_checkpoint(role: str, directory: Folder) -> Checkpoint:
     """Open a checkpoint from its headers and its JSON.
 
     Raises:
@@ -136,13 +138,21 @@ def refuse_other_base(base: Checkpoint, adapter: Checkpoint) -> None:
         CheckpointError: naming both.
     """
     named = adapter.adapter_config.get("base_model_name_or_path")
-    if isinstance(named, str) and Path(named).is_dir() and not base.directory.samefile(named):
+    if isinstance(named, str) and _is_other(named, base.directory):
         raise CheckpointError(
             f"{adapter.role} {adapter.directory} is an adapter of {named}, not of {base.directory}"
         )
 
 
-def refuse_other_evidence(base: Source, evidence: Mapping[str, tuple[Path, Source]]) -> None:
+def _is_other(named: str, folder: Folder) -> bool:
+    """Whether a base that an adapter names is surely another; a copy elsewhere may be the same."""
+    if isinstance(folder, Path):
+        return Path(named).is_dir() and not folder.samefile(named)
+    reference = parse_reference(named)
+    return isinstance(reference, Reference) and reference.repo_id != folder.reference.repo_id
+
+
+def refuse_other_evidence(base: Source, evidence: Mapping[str, tuple[Folder, Source]]) -> None:
     """Refuse snapshots or masks that are not of the base's model, or not of the same parameters.
 
     Args:

@@ -9,20 +9,21 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kifmerge.checkpoint import mask, snapshot
+from kifmerge.checkpoint.folder import Folder, as_folder
 from kifmerge.checkpoint.header import TensorInfo
 from kifmerge.checkpoint.pieces import Piece, pieces
 from kifmerge.checkpoint.provenance import read_details
 from kifmerge.checkpoint.scores import open_scores
-from kifmerge.checkpoint.source import MODEL_STEM, FolderSource, Source, open_source
+from kifmerge.checkpoint.source import MODEL_STEM, FolderSource, open_source
 from kifmerge.checkpoint.workers import Workers, worker_pool
 from kifmerge.errors import CheckpointError
+from kifmerge.phases.fetching import Reading, settle
 from kifmerge.phases.inspect import Kind, kind_of
 from kifmerge.phases.layers import layer_of, natural_order
 
@@ -135,16 +136,21 @@ class FolderDiff:
         CheckpointError: folders that cannot be used, or that are not of one kind.
     """
 
-    def __init__(self, first: str, second: str, *, num_workers: int | None = None) -> None:
-        self._references = (first, second)
-        self.kind = _common_kind(first, second)
-        self._sources = [_open(Path(reference), self.kind) for reference in self._references]
+    def __init__(
+        self, first: Folder | str, second: Folder | str, *, num_workers: int | None = None
+    ) -> None:
+        self._references = (str(first), str(second))
+        folders = as_folder(first), as_folder(second)
+        self.kind = _common_kind(*folders)
+        self._sources = [_open(folder, self.kind) for folder in folders]
         self._num_workers = num_workers
         self._infos = [{name: s.info(name) for name in s.names()} for s in self._sources]
         ours, theirs = self._infos
         self._names = [
             n for n, info in ours.items() if n in theirs and info.shape == theirs[n].shape
         ]
+        stored = [s.stored if isinstance(s, mask.MaskSource) else s for s in self._sources]
+        settle([Reading(source=s, names=self._names) for s in stored])
 
     @property
     def num_values(self) -> int:
@@ -302,7 +308,7 @@ def _changes(sums: Mapping[str, _Sums]) -> list[Change]:
     return [sums[name].change(name) for name in sorted(sums, key=natural_order)]
 
 
-def _common_kind(first: str, second: str) -> Kind:
+def _common_kind(first: Folder, second: Folder) -> Kind:
     kinds = kind_of(first), kind_of(second)
     for reference, kind in zip((first, second), kinds, strict=True):
         if kind not in _KINDS:
@@ -322,7 +328,7 @@ def _with_article(kind: Kind) -> str:
     return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
 
 
-def _open(directory: Path, kind: Kind) -> Source:
+def _open(directory: Folder, kind: Kind) -> mask.MaskSource | FolderSource:
     if kind == "mask":
         return mask.MaskSource(directory)
     if kind == "importance snapshot":

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from kifmerge.checkpoint.atomic import whole_folder
+from kifmerge.checkpoint.folder import Folder
 from kifmerge.checkpoint.provenance import is_made, made_by, read_details, refuse_inputs_inside
 from kifmerge.checkpoint.scores import open_scores
 from kifmerge.checkpoint.snapshot import DETAIL_FILE as SNAPSHOT_FILE
-from kifmerge.checkpoint.source import Source
+from kifmerge.checkpoint.source import FolderSource, Source
 from kifmerge.checkpoint.units import (
     DETAIL_FILE,
     Unit,
@@ -32,6 +33,7 @@ from kifmerge.checkpoint.units import (
 )
 from kifmerge.errors import CheckpointError, check_choices, problem_list
 from kifmerge.phases.checked import FiniteSource
+from kifmerge.phases.fetching import Reading, settle
 from kifmerge.phases.members import Members, unit_members
 from kifmerge.tensor.units import (
     DEFAULT_CUMULATIVE_WEIGHT,
@@ -47,6 +49,7 @@ from kifmerge.tensor.units import (
 OnProgress = Callable[[int], None]
 
 _NUM_SHOWN = 5
+_NUM_PASSES = 2  # a digest of everything, and the means
 # Two figures of about twenty characters and what lies around them.
 _LINE_BYTES = 100
 
@@ -216,7 +219,7 @@ class Group:
     """
 
     def __init__(
-        self, importance: Path, options: GroupOptions, *, historical_units: Path | None = None
+        self, importance: Folder, options: GroupOptions, *, historical_units: Folder | None = None
     ) -> None:
         self.options = options
         self._importance = importance
@@ -227,6 +230,9 @@ class Group:
             self._members = unit_members(self._scores, options.unit)
         except CheckpointError as error:
             raise CheckpointError(f"{importance}: {error}") from error
+        stored = self._scores.stored
+        if isinstance(stored, FolderSource):
+            settle([Reading(source=stored, names=stored.names(), num_passes=_NUM_PASSES)])
         self._before = _cumulative_before(
             self._members, options.unit, historical, str(historical_units)
         )
@@ -239,8 +245,8 @@ class Group:
             "num_tensors": len(infos),
             "num_parameters": sum(info.numel for info in infos),
             "num_units": len(texts),
-            "importance_passes": 2,  # a digest of everything, and the means
-            "read_bytes": 2 * self._scores.num_bytes,
+            "importance_passes": _NUM_PASSES,
+            "read_bytes": _NUM_PASSES * self._scores.num_bytes,
             "write_bytes": sum(_LINE_BYTES + sum(map(len, line)) for line in texts),
         }
 
@@ -261,7 +267,8 @@ class Group:
             CheckpointError: NaN or infinity among the scores.
         """
         refuse_inputs_inside(out_dir, self._parents().values())
-        wanted = made_by("group", asdict(self.options), self._parents())
+        digests = {"importance": self._scores.fingerprint()}
+        wanted = made_by("group", asdict(self.options), self._parents(), digests)
         if is_made(out_dir, DETAIL_FILE, wanted, overwrite=overwrite):
             return unit_figures(read_units(out_dir)), False
         units = _grouped(self._scores, self._members, self._before, self.options, on_progress)
@@ -271,7 +278,7 @@ class Group:
             warnings.warn("the scores of all units are equal: no unit is important", stacklevel=2)
         return unit_figures(units), True
 
-    def _parents(self) -> dict[str, Path | None]:
+    def _parents(self) -> dict[str, Folder | None]:
         return {"importance": self._importance, "historical_units": self._historical_units}
 
     def _details(self, wanted: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
+from kifmerge.checkpoint.folder import Folder, file_sizes, has_file
 from kifmerge.checkpoint.mask import MaskSource
 from kifmerge.checkpoint.scores import Scores, open_scores
 from kifmerge.checkpoint.source import ADAPTER_CONFIG, FolderSource, Source
 from kifmerge.checkpoint.units import Units, UnitSource, read_units
 from kifmerge.checkpoint.workers import Workers
 from kifmerge.errors import CheckpointError
+from kifmerge.hub.folder import HubFolder
 from kifmerge.phases.agreement import (
     Checkpoint,
     is_replayed,
@@ -30,6 +31,7 @@ from kifmerge.phases.evidence import (
     evidence_from_units,
     evidence_from_vectors,
 )
+from kifmerge.phases.fetching import Reading
 from kifmerge.phases.fuse import ROLES
 from kifmerge.phases.meaning import Difference, check_config, check_meaning
 from kifmerge.phases.rules import RULES, FusionOptions, Needs
@@ -65,15 +67,15 @@ class MergeInputs:
         config_from: whose configuration and tokenizer the output gets; None: the base's.
     """
 
-    base: Path | None
-    models: Mapping[str, Path]
-    importance: Mapping[str, Path] = field(default_factory=dict)
-    masks: Mapping[str, Path] = field(default_factory=dict)
-    units: Mapping[str, Path] = field(default_factory=dict)
-    config_from: Path | None = None
+    base: Folder | None
+    models: Mapping[str, Folder]
+    importance: Mapping[str, Folder] = field(default_factory=dict)
+    masks: Mapping[str, Folder] = field(default_factory=dict)
+    units: Mapping[str, Folder] = field(default_factory=dict)
+    config_from: Folder | None = None
 
     @property
-    def parents(self) -> dict[str, Path]:
+    def parents(self) -> dict[str, Folder]:
         """All of them, under the names that are recorded."""
         return {
             **({} if self.base is None else {"base": self.base}),
@@ -200,7 +202,7 @@ class OpenInputs:
     def _check_config_from(self) -> None:
         directory = self.inputs.config_from
         name = ADAPTER_CONFIG if self.like.is_adapter else "config.json"
-        if directory is not None and not (directory / name).is_file():
+        if directory is not None and not has_file(directory, name):
             raise CheckpointError(f"{directory} holds no {name}, which the output is to get")
 
     def _check_evidence(self) -> None:
@@ -209,7 +211,7 @@ class OpenInputs:
             refuse_other_evidence(self.like.source, given)
 
     @property
-    def evidence_sources(self) -> dict[str, tuple[Path, Source]]:
+    def evidence_sources(self) -> dict[str, tuple[Folder, Source]]:
         """Role -> folder and source of what is known of importance."""
         like = self.like.source
         inputs = self.inputs
@@ -244,6 +246,31 @@ class OpenInputs:
             checkpoints["base"] = self._base
         return {role: checkpoint.source for role, checkpoint in checkpoints.items()}
 
+    def readings(self, *, num_passes: int, num_evidence_passes: int) -> list[Reading]:
+        """What is going to be read, in the order of the output's files.
+
+        Args:
+            num_passes: over the weights.
+            num_evidence_passes: over scores or masks.
+        """
+        names = self.like.source.names()
+        found = [
+            Reading(source=source, names=names, num_passes=num_passes)
+            for source in self.sources.values()
+        ]
+        judged = frozenset(self.scored_names())
+        unjudged = [name for name in names if name not in judged]
+        if unjudged:  # compared first, and then handed on
+            found.append(Reading(source=self.like.source, names=unjudged))
+        stored = [scores.stored for scores in self._scores.values()]
+        stored += [mask.stored for mask in self._masks.values()]
+        found += [
+            Reading(source=source, names=source.names(), num_passes=num_evidence_passes)
+            for source in stored
+            if isinstance(source, FolderSource)
+        ]
+        return found
+
     def scored_names(self) -> list[str]:
         """Names of the tensors that the rule judges, in the order of the output's files."""
         source = self.like.source
@@ -274,19 +301,33 @@ class OpenInputs:
 
     def digests(self) -> dict[str, str | None]:
         """Role -> digest of every input, as provenance records it; reads what was not read yet."""
+        return {role: source.fingerprint() for role, source in self._read_sources.items()}
+
+    def known_digests(self) -> dict[str, str | None]:
+        """Role -> digest, without reading what is on the Hub: those are known by their commits."""
+        return {
+            role: None if isinstance(self.inputs.parents[role], HubFolder) else source.fingerprint()
+            for role, source in self._read_sources.items()
+        }
+
+    @property
+    def _read_sources(self) -> dict[str, Source]:
         known: dict[str, Source] = {**self.sources}
         known |= {f"{role}_importance": scores for role, scores in self._scores.items()}
         known |= {f"{role}_mask": mask for role, mask in self._masks.items()}
-        return {role: source.fingerprint() for role, source in known.items()}
+        return known
 
     def states(self) -> dict[str, Any]:
         """Role -> reference, and names, sizes and times of its files: what a resumed work needs."""
         return {
-            role: {"reference": str(path), "files": _file_states(path)}
-            for role, path in self.inputs.parents.items()
+            role: {"reference": str(folder), "files": _file_states(folder)}
+            for role, folder in self.inputs.parents.items()
         }
 
 
-def _file_states(directory: Path) -> list[list[Any]]:
-    files = sorted(path for path in directory.iterdir() if path.is_file())
-    return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+def _file_states(folder: Folder) -> list[list[Any]]:
+    """What changes when a file does; of a commit nothing can."""
+    if isinstance(folder, HubFolder):
+        return []
+    sizes = file_sizes(folder)
+    return [[name, size, (folder / name).stat().st_mtime_ns] for name, size in sizes.items()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,6 +12,14 @@ import torch
 from torch import Tensor
 
 from kifmerge.checkpoint import mask, snapshot, units
+from kifmerge.checkpoint.folder import (
+    Folder,
+    as_folder,
+    file_sizes,
+    has_file,
+    inner_folders,
+    is_folder,
+)
 from kifmerge.checkpoint.provenance import check_format, read_details, read_provenance
 from kifmerge.checkpoint.scores import open_scores
 from kifmerge.checkpoint.source import (
@@ -22,6 +31,7 @@ from kifmerge.checkpoint.source import (
     open_source,
 )
 from kifmerge.errors import CheckpointError
+from kifmerge.phases.fetching import Reading, settle
 from kifmerge.phases.group import unit_figures
 from kifmerge.phases.layers import (
     Layer,
@@ -112,27 +122,27 @@ class Inspection:
         }
 
 
-def kind_of(reference: str) -> Kind:
+def kind_of(reference: Folder | str) -> Kind:
     """What a folder is, by the files in it.
 
     Raises:
         CheckpointError: no folder, or nothing in it that is known.
     """
-    directory = Path(reference)
-    if not directory.is_dir():
-        found = "a file" if directory.exists() else "nothing"
+    folder = as_folder(reference)
+    if not is_folder(folder):
+        found = "a file" if isinstance(folder, Path) and folder.exists() else "nothing"
         raise CheckpointError(f"{reference}: expected a folder, found {found} there")
     for file, kind in _KIND_FILES.items():
-        if (directory / file).exists():
+        if has_file(folder, file):
             return kind
-    found = ", ".join(sorted(entry.name for entry in directory.iterdir())[:5]) or "nothing"
+    found = ", ".join(sorted([*file_sizes(folder), *inner_folders(folder)])[:5]) or "nothing"
     raise CheckpointError(
         f"{reference} is no folder that kifmerge knows: expected one of "
         f"{', '.join(_KIND_FILES)} in it, found {found}"
     )
 
 
-def inspect_folder(reference: str, important_fraction: float | str = 0.2) -> Inspection:
+def inspect_folder(reference: Folder | str, important_fraction: float | str = 0.2) -> Inspection:
     """Read what a checkpoint, adapter, snapshot, mask, trainer state or skill units are and hold.
 
     Headers are read, and of snapshots and masks the tensors too, one at a time.
@@ -145,7 +155,8 @@ def inspect_folder(reference: str, important_fraction: float | str = 0.2) -> Ins
     Raises:
         CheckpointError: unknown folder, damaged or missing file, newer version.
     """
-    kind, directory = kind_of(reference), Path(reference)
+    directory = as_folder(reference)
+    kind = kind_of(directory)
     if kind == "importance snapshot":
         found = _snapshot(directory, important_fraction)
     elif kind == "skill units":
@@ -155,12 +166,12 @@ def inspect_folder(reference: str, important_fraction: float | str = 0.2) -> Ins
     else:
         found = _READERS[kind](directory)
     made_by, facts, tensors, layers = found
-    inside = [f"{entry.name}/" for entry in _artifacts_inside(directory)]
+    inside = [f"{name}/" for name in _artifacts_inside(directory)]
     if inside:
         facts = {**facts, "inside": inside}
     return Inspection(
         kind=kind,
-        reference=reference,
+        reference=str(reference),
         made_by=made_by,
         facts=facts,
         tensors=sorted(tensors, key=lambda entry: natural_order(entry.name)),
@@ -184,7 +195,7 @@ _CONFIG_FACTS = {
 }
 
 
-def _checkpoint(directory: Path) -> _Found:
+def _checkpoint(directory: Folder) -> _Found:
     config = read_details(directory / "config.json")
     if config.get("quantization_config"):
         source = FolderSource(directory, MODEL_STEM)  # not to be merged, but to be looked at
@@ -193,11 +204,11 @@ def _checkpoint(directory: Path) -> _Found:
     return _described(directory, source, config)
 
 
-def _adapter(directory: Path) -> _Found:
+def _adapter(directory: Folder) -> _Found:
     return _described(directory, open_source(directory), read_details(directory / ADAPTER_CONFIG))
 
 
-def _described(directory: Path, source: FolderSource, config: Mapping[str, Any]) -> _Found:
+def _described(directory: Folder, source: FolderSource, config: Mapping[str, Any]) -> _Found:
     provenance = read_provenance(directory)
     facts = {name: config[key] for key, name in _CONFIG_FACTS.items() if config.get(key)}
     tensors = tensor_entries(source)
@@ -211,8 +222,9 @@ def _facts(details: Mapping[str, Any], *hidden: str) -> dict[str, Any]:
     return {key: value for key, value in details.items() if key not in left_out}
 
 
-def _snapshot(directory: Path, important_fraction: float | str) -> _Found:
+def _snapshot(directory: Folder, important_fraction: float | str) -> _Found:
     scores = open_scores(directory)
+    _settle(scores.stored, num_passes=3)
     try:
         threshold = importance_threshold(ScoreStream(scores), important_fraction)
     except ValueError as error:
@@ -236,7 +248,7 @@ def _snapshot(directory: Path, important_fraction: float | str) -> _Found:
     return details.get("made_by"), facts, tensors, [sums[la.name].judged(la) for la in layers]
 
 
-def _skill_units(directory: Path, important_fraction: float | str) -> _Found:
+def _skill_units(directory: Folder, important_fraction: float | str) -> _Found:
     found = units.read_units(directory)
     members = [units.parse_member(text) for unit in found.units for text in unit.members]
     facts = {
@@ -248,8 +260,9 @@ def _skill_units(directory: Path, important_fraction: float | str) -> _Found:
     return found.details.get("made_by"), facts, [], []
 
 
-def _mask(directory: Path) -> _Found:
+def _mask(directory: Folder) -> _Found:
     source = mask.MaskSource(directory)
+    _settle(source.stored, num_passes=1)
     sums = _sums(source, lambda chunk: chunk)
     tensors = [
         replace(entry, shape=source.info(entry.name).shape, dtype="bit")
@@ -260,6 +273,11 @@ def _mask(directory: Path) -> _Found:
         for layer in layer_totals(tensors, lambda entry: layer_of(entry.name))
     ]
     return source.details.get("made_by"), _facts(source.details, "shapes"), tensors, layers
+
+
+def _settle(stored: Source, num_passes: int) -> None:
+    if isinstance(stored, FolderSource):
+        settle([Reading(source=stored, names=stored.names(), num_passes=num_passes)])
 
 
 @dataclass(slots=True)
@@ -299,24 +317,25 @@ def _chunks(source: Source) -> Iterator[tuple[str, Tensor]]:
             yield name, source.read(name, start, min(start + CHUNK_NUMEL, numel))
 
 
-def _state(directory: Path) -> _Found:
+def _state(directory: Folder) -> _Found:
     from kifmerge.phases.state import FORMAT, STATE_FILE, VERSION
 
     details = read_details(directory / STATE_FILE)
     check_format(details, FORMAT, VERSION, directory / STATE_FILE)
-    stems = sorted(path.stem for path in directory.glob("*.safetensors"))
+    files = fnmatch.filter(file_sizes(directory), "*.safetensors")
+    stems = sorted(name.removesuffix(".safetensors") for name in files)
     tensors = [entry for stem in stems for entry in tensor_entries(FolderSource(directory, stem))]
     by_file = layer_totals(tensors, lambda entry: entry.file)
     return details.get("made_by"), _facts(details, "rng"), tensors, by_file
 
 
-def _artifacts_inside(directory: Path) -> Iterator[Path]:
-    for entry in sorted(directory.iterdir()):
-        if entry.is_dir() and any((entry / file).exists() for file in _KIND_FILES):
-            yield entry
+def _artifacts_inside(folder: Folder) -> Iterator[str]:
+    for name in inner_folders(folder):
+        if not _KIND_FILES.keys().isdisjoint(file_sizes(folder, name)):
+            yield name
 
 
-_READERS: Mapping[Kind, Callable[[Path], _Found]] = {
+_READERS: Mapping[Kind, Callable[[Folder], _Found]] = {
     "checkpoint": _checkpoint,
     "adapter": _adapter,
     "mask": _mask,

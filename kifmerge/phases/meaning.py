@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from kifmerge.checkpoint.folder import Folder, is_folder
 from kifmerge.checkpoint.header import TensorInfo
 from kifmerge.checkpoint.provenance import read_details
 from kifmerge.errors import MOST_PROBLEMS_SHOWN, CheckpointError, problem_list
@@ -88,7 +89,7 @@ def check_meaning(checkpoints: Sequence[Checkpoint], allowed: Collection[Differe
         raise CheckpointError("\n".join([listed, *_advice(problems)]))
 
 
-def check_config(like: Checkpoint, directory: Path, allowed: Collection[Difference] = ()) -> None:
+def check_config(like: Checkpoint, directory: Folder, allowed: Collection[Difference] = ()) -> None:
     """Refuse a folder whose configuration reads the weights of a checkpoint otherwise.
 
     Args:
@@ -99,7 +100,7 @@ def check_config(like: Checkpoint, directory: Path, allowed: Collection[Differen
     Raises:
         CheckpointError: no such folder, or its ``config.json`` says otherwise.
     """
-    if not directory.is_dir():
+    if not is_folder(directory):
         raise CheckpointError(f"{directory}: no such folder to take the configuration from")
     differing = config_differences(_config(like), read_details(directory / "config.json"))
     if differing and "config" not in allowed:

@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from kifmerge.checkpoint.atomic import write_json, write_text
+from kifmerge.checkpoint.atomic import write_text
+from kifmerge.checkpoint.companions import copy_companions, tell_dtype
 from kifmerge.checkpoint.header import DTYPES
 from kifmerge.checkpoint.journal import refuse_occupied, remove_finished, resumable_folder
 from kifmerge.checkpoint.pieces import CPU_PIECE_BYTES
@@ -22,24 +23,23 @@ from kifmerge.checkpoint.provenance import (
     PROVENANCE_FILE,
     is_made,
     made_by,
-    read_details,
     read_provenance,
     refuse_inputs_inside,
     write_provenance,
 )
-from kifmerge.checkpoint.sink import Layout, copy_companions, layout_of, new_layout, with_dtype
+from kifmerge.checkpoint.sink import Layout, layout_of, new_layout, with_dtype
 from kifmerge.checkpoint.workers import num_processors, peak_bytes, worker_pool
 from kifmerge.errors import (
-    CheckpointError,
     check_at_least,
     check_choices,
-    problem_list,
 )
 from kifmerge.phases.card import model_card
+from kifmerge.phases.fetching import settle
 from kifmerge.phases.fuse import OnProgress
 from kifmerge.phases.fuse_files import fuse_files
 from kifmerge.phases.inputs import HistoricalParent, MergeInputs, OpenInputs
 from kifmerge.phases.meaning import Difference
+from kifmerge.phases.parents import refuse_unexpected
 from kifmerge.phases.rules import FusionOptions
 from kifmerge.phases.selection import counting_bytes
 from kifmerge.phases.unscored import Unscored
@@ -101,6 +101,8 @@ class MergePlan:
         importance_passes: how often scores or masks are read.
         read_bytes: in all, where no tensors without scores differ.
         write_bytes: of the output's weights.
+        pulled_bytes: of weights, scores and masks that come over the network.
+        fetch: how each input on the Hub is read, and why.
         peak_memory_bytes: about what the process will need: Python and torch, and the buffers of
             all workers together.
     """
@@ -116,6 +118,8 @@ class MergePlan:
     importance_passes: int
     read_bytes: int
     write_bytes: int
+    pulled_bytes: int
+    fetch: tuple[str, ...]
     peak_memory_bytes: int
 
 
@@ -129,6 +133,7 @@ class Merge:
         rule: the rule and its options.
         options: what else is to be known.
         num_workers: threads; None: one per processor.
+        spare_disk: of inputs on the Hub, keep no whole model on this disk.
 
     Raises:
         ValueError: inputs that the rule does not take, or not what it needs.
@@ -142,6 +147,7 @@ class Merge:
         options: MergeOptions | None = None,
         *,
         num_workers: int | None = None,
+        spare_disk: bool = False,
     ) -> None:
         if rule.rule == "recurrent-kif" and not inputs.is_two_sided and rule.weights is None:
             rule = replace(rule, weights=(1.0,) * len(inputs.models))
@@ -164,6 +170,10 @@ class Merge:
         )
         self._num_workers = num_processors() if num_workers is None else num_workers
         self._layout = self._find_layout()
+        readings = self._open.readings(
+            num_passes=self._weight_passes, num_evidence_passes=self._importance_passes
+        )
+        self._settled = settle(readings, write_bytes=self._write_bytes, spare_disk=spare_disk)
 
     @property
     def historical_parent(self) -> HistoricalParent | None:
@@ -201,15 +211,26 @@ class Merge:
             scratch_bytes += counting_bytes(self._num_workers)
         return scratch_bytes
 
+    @property
+    def _weight_passes(self) -> int:
+        return 3 if self.rule.needs == "largest" else 1
+
+    @property
+    def _importance_passes(self) -> int:
+        """Two passes for a threshold, one for bounds or means, and one to fuse; masks only that."""
+        if not self._open.evidence_bytes:
+            return 0
+        return {"masks": 3, "scores": 2}.get(self.rule.needs, 1) if self.inputs.importance else 1
+
+    @property
+    def _write_bytes(self) -> int:
+        return sum(info.nbytes for infos in self._layout.values() for _, info in infos)
+
     def plan(self) -> MergePlan:
         """What :meth:`run` is going to do, known from headers alone."""
         infos = [info for infos in self._layout.values() for _, info in infos]
         scored = self._open.scored_names()
-        needs = self.rule.needs
-        weight_passes = 3 if needs == "largest" else 1
-        # Two passes for a threshold, one for bounds or means, and one to fuse; masks only that.
-        importance_passes = {"masks": 3, "scores": 2}.get(needs, 1) if self.inputs.importance else 1
-        importance_passes = importance_passes if self._open.evidence_bytes else 0
+        importance_passes = self._importance_passes
         return MergePlan(
             rule=self.rule.rule,
             historical_parent=self.historical_parent,
@@ -218,10 +239,12 @@ class Merge:
             num_parameters=sum(info.numel for info in infos),
             num_unscored_tensors=len(infos) - len(scored),
             num_files=len(self._layout),
-            weight_passes=weight_passes,
+            weight_passes=self._weight_passes,
             importance_passes=importance_passes,
             read_bytes=self._weight_bytes(scored) + importance_passes * self._open.evidence_bytes,
-            write_bytes=sum(info.nbytes for info in infos),
+            write_bytes=self._write_bytes,
+            pulled_bytes=sum(settled.pulled_bytes for settled in self._settled),
+            fetch=tuple(map(str, self._settled)),
             peak_memory_bytes=peak_bytes() + self._scratch_bytes,
         )
 
@@ -244,10 +267,14 @@ class Merge:
         rule = {key: value for key, value in self.rule.recorded().items() if key not in of_masks}
         return {**rule, **asdict(self.options), "historical_parent": self.historical_parent}
 
-    def made_by(self) -> dict[str, Any]:
-        """What is recorded of how the output is made. Reads all that has not been read yet."""
-        digests = self._open.digests()
-        return made_by("merge", self._recorded_options(), self.inputs.parents, digests)
+    def made_by(self, digests: Mapping[str, str | None] | None = None) -> dict[str, Any]:
+        """What is recorded of how the output is made. Reads all that has not been read yet.
+
+        Args:
+            digests: role -> digest, where they need not be taken.
+        """
+        known = self._open.digests() if digests is None else digests
+        return made_by("merge", self._recorded_options(), self.inputs.parents, known)
 
     def run(
         self,
@@ -279,7 +306,9 @@ class Merge:
         refuse_inputs_inside(out_dir, self.inputs.parents.values())
         occupied = out_dir.is_dir() and any(out_dir.iterdir())
         # Asked only of a folder that holds something: the answer takes all digests.
-        if occupied and is_made(out_dir, PROVENANCE_FILE, self.made_by(), overwrite=overwrite):
+        if occupied and is_made(
+            out_dir, PROVENANCE_FILE, self.made_by(self._open.known_digests()), overwrite=overwrite
+        ):
             remove_finished(out_dir)
             return read_provenance(out_dir)["merge"], False
         refuse_occupied(out_dir, overwrite=overwrite)
@@ -313,10 +342,10 @@ class Merge:
                 "files": records,
                 "kifmerge": importlib.metadata.version("kifmerge"),
             }
-            _refuse_unexpected(provenance, expected)
+            refuse_unexpected(provenance, expected)
             copy_companions(self.inputs.config_from or self._open.like.directory, journal.directory)
             if self.options.dtype is not None:
-                _tell_dtype(journal.directory / "config.json", self.options.dtype)
+                tell_dtype(journal.directory / "config.json", self.options.dtype)
             write_text(journal.directory / "README.md", self._card(wanted, figures))
             write_provenance(journal.directory, provenance)
         return figures, True
@@ -332,57 +361,3 @@ class Merge:
             made_by=wanted,
             figures=figures,
         )
-
-
-def _tell_dtype(config_path: Path, dtype: DtypeName) -> None:
-    """Have a configuration say which dtype the weights have: transformers loads them in that."""
-
-    def told(config: Mapping[str, Any]) -> dict[str, Any]:
-        changed = dict(config)
-        for key, value in config.items():
-            if key in ("dtype", "torch_dtype") and isinstance(value, str):
-                changed[key] = dtype
-            elif key.endswith("_config") and isinstance(value, dict):
-                changed[key] = told(value)
-        return changed
-
-    config = read_details(config_path)
-    if config:
-        write_json(config_path, told(config))
-
-
-def _refuse_unexpected(made: Mapping[str, Any], expected: Mapping[str, Any] | None) -> None:
-    """Refuse to hand over another checkpoint than the one that was to be made again.
-
-    Raises:
-        CheckpointError: inputs that have changed, or files that came out otherwise.
-    """
-    if expected is None:
-        return
-    parents, wanted = made["made_by"]["parents"], expected["made_by"]["parents"]
-    problems = [
-        f"{role} {parents[role]['reference']}: {parents[role]['digest']}, "
-        f"expected {wanted[role]['digest']}"
-        for role in parents
-        if parents[role]["digest"] != wanted.get(role, {}).get("digest")
-    ]
-    if problems:
-        raise CheckpointError(problem_list("inputs are not what they were", problems))
-    found, told = made["files"], expected.get("files") or made["files"]
-    problems = [
-        f"{name}: {_file_word(found.get(name))}, expected {_file_word(told.get(name))}"
-        for name in sorted({*found, *told})
-        if found.get(name) != told.get(name)
-    ]
-    if problems:
-        raise CheckpointError(
-            problem_list(
-                "the inputs are the same, but not what came of them: made by kifmerge "
-                f"{expected.get('kifmerge')}, this is {made['kifmerge']}",
-                problems,
-            )
-        )
-
-
-def _file_word(record: Mapping[str, Any] | None) -> str:
-    return "no such file" if record is None else f"SHA-256 {record['sha256']}"

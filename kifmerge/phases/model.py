@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +27,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from kifmerge.checkpoint.atomic import write_json
+from kifmerge.checkpoint.folder import Folder
 from kifmerge.checkpoint.provenance import read_details, read_provenance, write_provenance
+from kifmerge.checkpoint.source import ADAPTER_CONFIG
 from kifmerge.errors import CheckpointError, check_at_least
 from kifmerge.phases.classifier import (
     HEAD_NAME,
@@ -35,7 +38,9 @@ from kifmerge.phases.classifier import (
     MeanPooledClassifierConfig,
     grow_head,
 )
+from kifmerge.phases.origin import local_copy, on_hub, opened, pinned
 from kifmerge.phases.tokenizer import TokenizerOptions
+from kifmerge.phases.tokens import has_tokenizer
 
 Kind = Literal["causal-lm", "seq2seq-lm", "classifier"]
 Pooling = Literal["own", "mean", "normalised-mean"]
@@ -71,9 +76,9 @@ class ModelOptions:
 
     Attributes:
         kind: ``causal-lm``, ``seq2seq-lm`` or ``classifier``.
-        reference: folder or Hub name of the base; None makes one from ``config``.
+        reference: of the base: a folder, or on the Hub; None makes one from ``config``.
         config: transformers configuration of a model from scratch, with its ``model_type``.
-        tokenizer: folder or Hub name if not the base's own, or how to train one from scratch.
+        tokenizer: reference if not the base's own, or how to train one from scratch.
         pooling: of a classifier: ``own`` as its family does, the ``mean`` over the tokens, or the
             ``normalised-mean``, layer-normalised without parameters.
         lora: adapter options; None trains all parameters.
@@ -129,6 +134,7 @@ class LoadedModel:
     def save(self, directory: Path, made_by: Mapping[str, Any] | None = None) -> None:
         """Write the model (or its adapter), tokenizer and ``kifmerge.json``."""
         self.model.save_pretrained(directory)
+        _name_base(directory, self.options)
         self.tokenizer.save_pretrained(directory)
         write_provenance(
             directory,
@@ -141,12 +147,27 @@ class LoadedModel:
         )
 
 
-def known_labels(directory: Path) -> list[str]:
+def pinned_options(options: ModelOptions) -> ModelOptions:
+    """The options with what they name on the Hub at a commit.
+
+    Raises:
+        CheckpointError: no such repository or revision, or no access.
+        TryAgainError: network or server failed.
+    """
+    tokenizer = options.tokenizer
+    return replace(
+        options,
+        reference=None if options.reference is None else pinned(options.reference),
+        tokenizer=pinned(tokenizer) if isinstance(tokenizer, str) else tokenizer,
+    )
+
+
+def known_labels(folder: Folder) -> list[str]:
     """The labels that a classifier's checkpoint covers, in order; none of other models."""
-    provenance = read_provenance(directory)
+    provenance = read_provenance(folder)
     if provenance:
         return list(provenance.get("labels", []))
-    config = read_details(directory / "config.json")
+    config = read_details(folder / "config.json")
     architectures = config.get("architectures") or [""]
     if architectures[0].endswith("ForSequenceClassification"):
         return [str(label) for label in config.get("id2label", {}).values()]
@@ -154,7 +175,11 @@ def known_labels(directory: Path) -> list[str]:
 
 
 def load_model(
-    options: ModelOptions, labels: Sequence[str], *, seed: int, checkpoint: Path | None = None
+    options: ModelOptions,
+    labels: Sequence[str],
+    *,
+    seed: int,
+    checkpoint: Path | str | None = None,
 ) -> LoadedModel:
     """Load a base with a fresh head and adapter, or a checkpoint that training wrote.
 
@@ -163,19 +188,21 @@ def load_model(
             :func:`kifmerge.phases.scratch.make_base`.
         labels: of a classifier; labels that the checkpoint does not know yet extend its head.
         seed: of everything that is initialised at random.
-        checkpoint: folder written by :meth:`LoadedModel.save`.
+        checkpoint: written by :meth:`LoadedModel.save`: a folder, or on the Hub.
 
     Raises:
         CheckpointError: the model cannot be loaded, or LoRA targets match no module.
+        TryAgainError: network or server failed, or what came is damaged.
     """
+    options = pinned_options(options)
     reference = options.reference
     assert reference is not None
-    known = known_labels(checkpoint) if checkpoint is not None else list(labels)
+    known = known_labels(opened(checkpoint)) if checkpoint is not None else list(labels)
     transformers.set_seed(seed)
     with loading(reference):
         tokenizer = _load_tokenizer(options, checkpoint)
         whole = checkpoint if checkpoint is not None and options.lora is None else None
-        model = _load_base(options, str(whole or reference), known, has_head=whole is not None)
+        model = _load_base(options, whole or reference, known, has_head=whole is not None)
     if options.lora is not None:
         model = _adapted(model, options, checkpoint)
     loaded = LoadedModel(model, tokenizer, options, known if options.kind == "classifier" else [])
@@ -196,39 +223,73 @@ def loading(reference: str) -> Iterator[None]:
         ) from error
 
 
-def _load_tokenizer(options: ModelOptions, checkpoint: Path | None) -> PreTrainedTokenizerBase:
+def load_tokenizer(reference: Path | str) -> PreTrainedTokenizerBase:
+    """Load a tokenizer from a folder or from the Hub; it runs no code that lies there."""
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        local_copy(reference, with_weights=False), trust_remote_code=False
+    )
+    return tokenizer
+
+
+def load_config(reference: Path | str) -> Any:
+    """Load a model's configuration from a folder or from the Hub; it runs no code there."""
+    return AutoConfig.from_pretrained(
+        local_copy(reference, with_weights=False), trust_remote_code=False
+    )
+
+
+def _load_tokenizer(
+    options: ModelOptions, checkpoint: Path | str | None
+) -> PreTrainedTokenizerBase:
     source = options.tokenizer if isinstance(options.tokenizer, str) else options.reference
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(checkpoint or source)
+    # An adapter of another's making often comes without one.
+    own = checkpoint if checkpoint is not None and has_tokenizer(opened(checkpoint)) else None
+    assert source is not None
+    tokenizer = load_tokenizer(own or source)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def _load_base(
-    options: ModelOptions, reference: str, labels: Sequence[str], *, has_head: bool
+    options: ModelOptions, reference: Path | str, labels: Sequence[str], *, has_head: bool
 ) -> PreTrainedModel:
-    config = AutoConfig.from_pretrained(reference)
+    config = load_config(reference)
+    folder = local_copy(reference)
     if options.dropout is not None:
         set_dropout(config, options.dropout)
     if options.kind == "classifier" and options.pooling != "own" and not has_head:
         encoder = AutoModel.from_pretrained(
-            reference, config=config, dtype=options.dtype, use_safetensors=True
+            folder,
+            config=config,
+            dtype=options.dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
         )
         pooled = MeanPooledClassifierConfig(
             encoder=encoder.config.to_dict(), normalised=options.pooling == "normalised-mean"
         )
         _set_labels(pooled, labels)
-        return MeanPooledClassifier(pooled, encoder)
+        return _named(MeanPooledClassifier(pooled, encoder), reference)
     if options.kind == "classifier":
         _set_labels(config, labels)
     model: PreTrainedModel = AUTO_CLASSES[options.kind].from_pretrained(
-        reference,
+        folder,
         config=config,
         dtype=options.dtype,
         use_safetensors=True,
+        trust_remote_code=False,
         # A published head for other labels is of no use here: it starts anew.
         ignore_mismatched_sizes=options.kind == "classifier" and not has_head,
     )
+    return _named(model, reference)
+
+
+def _named(model: PreTrainedModel, reference: Path | str) -> PreTrainedModel:
+    """Have a model from the Hub carry the name of its repository, which model cards take over."""
+    on_the_hub = on_hub(reference)
+    if on_the_hub is not None:
+        model.name_or_path = model.config.name_or_path = on_the_hub.repo_id
     return model
 
 
@@ -246,7 +307,7 @@ def _set_labels(config: Any, labels: Sequence[str]) -> None:
 
 
 def _adapted(
-    model: PreTrainedModel, options: ModelOptions, checkpoint: Path | None
+    model: PreTrainedModel, options: ModelOptions, checkpoint: Path | str | None
 ) -> PreTrainedModel:
     from peft import LoraConfig, PeftModel, get_peft_model
 
@@ -255,9 +316,9 @@ def _adapted(
     if checkpoint is not None:
         with loading(str(checkpoint)):
             trained: PreTrainedModel = PeftModel.from_pretrained(
-                model, checkpoint, is_trainable=True
+                model, local_copy(checkpoint), is_trainable=True
             )
-            return trained
+            return _based(trained, options)
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
@@ -273,7 +334,29 @@ def _adapted(
             f"LoRA targets {lora.targets!r} match no module of {options.reference}. "
             f"Linear modules are named: {', '.join(_linear_names(model))}"
         ) from error
-    return adapted
+    return _based(adapted, options)
+
+
+def _based(model: PreTrainedModel, options: ModelOptions) -> PreTrainedModel:
+    """Tell PEFT where the base is on this disk: whenever it saves, it looks at its configuration.
+
+    With the name of a repository it would ask the network, and for another commit.
+    """
+    assert options.reference is not None
+    on_the_hub = on_hub(options.reference)
+    for config in model.peft_config.values():
+        if on_the_hub is not None or config.base_model_name_or_path:
+            config.base_model_name_or_path = local_copy(options.reference)
+            config.revision = on_the_hub.revision if on_the_hub is not None else None
+    return model
+
+
+def _name_base(directory: Path, options: ModelOptions) -> None:
+    """Name a base on the Hub in an adapter's configuration, instead of where the cache keeps it."""
+    on_the_hub, path = on_hub(options.reference), directory / ADAPTER_CONFIG
+    if on_the_hub is not None and path.exists():
+        named = {"base_model_name_or_path": on_the_hub.repo_id, "revision": on_the_hub.revision}
+        write_json(path, {**read_details(path), **named})
 
 
 def _head_names(model: PreTrainedModel) -> list[str]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from kifmerge.checkpoint.digest import digest
 from kifmerge.checkpoint.provenance import read_details
-from kifmerge.errors import CheckpointError
+from kifmerge.errors import CheckpointError, problem_list
+from kifmerge.hub.reference import Reference, parse_reference
 
-ParentState = Literal["unchanged", "changed", "damaged", "not here", "not recorded"]
+ParentState = Literal["unchanged", "changed", "damaged", "not here", "not recorded", "on the Hub"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,7 +22,8 @@ class Parent:
     Attributes:
         role: base, new, data...
         reference: as it was given then.
-        state: whether what lies there now is what it was; ``not recorded`` if it had no digest.
+        state: whether what lies there now is what it was; ``not recorded`` if it had no digest;
+            ``on the Hub`` at a commit, which cannot change.
     """
 
     role: str
@@ -59,7 +61,9 @@ def _recorded_parents(path: Path) -> dict[str, Any]:
 
 
 def _state(reference: str, expected: Any, say: Callable[[str], None]) -> ParentState:
-    path = Path(reference)
+    path = parse_reference(reference)
+    if isinstance(path, Reference):
+        return "on the Hub" if path.is_pinned else "not here"
     if not path.exists():
         return "not here"
     if expected is None:
@@ -69,3 +73,40 @@ def _state(reference: str, expected: Any, say: Callable[[str], None]) -> ParentS
         return "unchanged" if digest(path) == expected else "changed"
     except (CheckpointError, OSError):
         return "damaged"
+
+
+def refuse_unexpected(made: Mapping[str, Any], expected: Mapping[str, Any] | None) -> None:
+    """Refuse to hand over another checkpoint than the one that was to be made again.
+
+    Raises:
+        CheckpointError: inputs that have changed, or files that came out otherwise.
+    """
+    if expected is None:
+        return
+    parents, wanted = made["made_by"]["parents"], expected["made_by"]["parents"]
+    problems = [
+        f"{role} {parents[role]['reference']}: {parents[role]['digest']}, "
+        f"expected {wanted[role]['digest']}"
+        for role in parents
+        if parents[role]["digest"] != wanted.get(role, {}).get("digest")
+    ]
+    if problems:
+        raise CheckpointError(problem_list("inputs are not what they were", problems))
+    found, told = made["files"], expected.get("files") or made["files"]
+    problems = [
+        f"{name}: {_file_word(found.get(name))}, expected {_file_word(told.get(name))}"
+        for name in sorted({*found, *told})
+        if found.get(name) != told.get(name)
+    ]
+    if problems:
+        raise CheckpointError(
+            problem_list(
+                "the inputs are the same, but not what came of them: made by kifmerge "
+                f"{expected.get('kifmerge')}, this is {made['kifmerge']}",
+                problems,
+            )
+        )
+
+
+def _file_word(record: Mapping[str, Any] | None) -> str:
+    return "no such file" if record is None else f"SHA-256 {record['sha256']}"

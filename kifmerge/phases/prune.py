@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from kifmerge.checkpoint.atomic import whole_folder
+from kifmerge.checkpoint.companions import copy_companions
+from kifmerge.checkpoint.folder import Folder
 from kifmerge.checkpoint.journal import refuse_full_disk
 from kifmerge.checkpoint.mask import DETAIL_FILE, MaskSink
 from kifmerge.checkpoint.pieces import CPU_PIECE_BYTES, Piece, pieces, read_piece, split_piece
@@ -30,13 +32,14 @@ from kifmerge.checkpoint.provenance import (
     write_provenance,
 )
 from kifmerge.checkpoint.scores import Scores, open_scores
-from kifmerge.checkpoint.sink import FolderSink, copy_companions, layout_of
+from kifmerge.checkpoint.sink import FolderSink, layout_of
 from kifmerge.checkpoint.snapshot import DETAIL_FILE as SNAPSHOT_FILE
-from kifmerge.checkpoint.source import Source
+from kifmerge.checkpoint.source import FolderSource, Source
 from kifmerge.checkpoint.units import UnitSource, read_units
 from kifmerge.checkpoint.workers import Workers, num_processors, peak_bytes, worker_pool
 from kifmerge.phases.agreement import Checkpoint, open_checkpoint, refuse_other_evidence
 from kifmerge.phases.checked import FiniteSource
+from kifmerge.phases.fetching import Reading, settle
 from kifmerge.phases.fuse import OnProgress
 from kifmerge.phases.meaning import Difference, check_meaning
 from kifmerge.phases.rules import FusionOptions
@@ -92,10 +95,10 @@ class PruneInputs:
         ValueError: what is missing or too much.
     """
 
-    importance: Path | None = None
-    units: Path | None = None
-    model: Path | None = None
-    base: Path | None = None
+    importance: Folder | None = None
+    units: Folder | None = None
+    model: Folder | None = None
+    base: Folder | None = None
 
     def __post_init__(self) -> None:
         """Refuse what does not fit together."""
@@ -105,6 +108,11 @@ class PruneInputs:
             raise ValueError("a mask is made from an importance snapshot or from skill units")
         if self.units is not None and self.base is None:
             raise ValueError("units tell no shapes: a mask of them takes a model and its base")
+
+    @property
+    def parents(self) -> dict[str, Folder | None]:
+        """All of them, under the names that are recorded."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,9 +156,43 @@ class Prune:
             self._evidence = self._important_members()
         if self._model is not None and self._base is not None:
             check_meaning([self._base, self._model], options.allowed)
-            path = inputs.importance or inputs.units
-            assert path is not None
-            refuse_other_evidence(self._base.source, {"model": (path, self._evidence)})
+            given = {"model": (self._evidence_folder, self._evidence)}
+            refuse_other_evidence(self._base.source, given)
+        self._settled = settle(self._readings(), write_bytes=self._write_bytes)
+
+    @property
+    def _evidence_folder(self) -> Folder:
+        folder = self.inputs.importance or self.inputs.units
+        assert folder is not None
+        return folder
+
+    def _readings(self) -> list[Reading]:
+        """What is going to be read, in the order of the base's files."""
+        found = []
+        if self._scores is not None and isinstance(self._scores.stored, FolderSource):
+            stored = self._scores.stored
+            passes = self._importance_passes
+            found.append(Reading(source=stored, names=stored.names(), num_passes=passes))
+        if self._base is not None and self._model is not None:
+            names, judged = self._base.source.names(), frozenset(self._judged)
+            unjudged = [name for name in names if name not in judged]
+            copied = self._model if self.options.unscored == "model" else self._base
+            found += [
+                Reading(source=self._base.source, names=names),
+                Reading(source=self._model.source, names=names),
+                Reading(source=copied.source, names=unjudged),
+            ]
+        return [reading for reading in found if reading.names]
+
+    @property
+    def _importance_passes(self) -> int:
+        """Two passes for the threshold, one to mark, one to prune."""
+        return 0 if self._scores is None else 3 + (self._base is not None)
+
+    @property
+    def _write_bytes(self) -> int:
+        infos = [self._evidence.info(name) for name in self._evidence.names()]
+        return sum(-(-info.numel // 8) for info in infos) + _num_bytes(self._base)
 
     def _important_members(self) -> UnitSource:
         assert self.inputs.units is not None
@@ -163,9 +205,7 @@ class Prune:
     def plan(self) -> dict[str, Any]:
         """Tensors, passes, bytes and memory, known from headers alone."""
         infos = [self._evidence.info(name) for name in self._evidence.names()]
-        mask_bytes = sum(-(-info.numel // 8) for info in infos)
-        # Two passes for the threshold, one to mark, one to prune.
-        importance_passes = 0 if self._scores is None else 3 + (self._base is not None)
+        importance_passes = self._importance_passes
         importance_bytes = 0 if self._scores is None else self._scores.num_bytes
         weight_bytes = _num_bytes(self._base)
         judged = [] if self._base is None else [self._base.source.info(n) for n in self._judged]
@@ -179,7 +219,9 @@ class Prune:
             + weight_bytes
             + _num_bytes(self._model)
             + copied_bytes,
-            "write_bytes": mask_bytes + weight_bytes,
+            "write_bytes": self._write_bytes,
+            "pulled_bytes": sum(settled.pulled_bytes for settled in self._settled),
+            "fetch": list(map(str, self._settled)),
             "peak_memory_bytes": peak_bytes()
             + _SPARE_BYTES
             + max(counting_bytes(self._num_workers), max(self._num_workers, 1) * _PRUNED_BYTES),
@@ -192,15 +234,24 @@ class Prune:
         scored = frozenset(self._evidence.names())
         return [name for name in self._base.source.names() if name in scored]
 
-    def _made_by(self) -> dict[str, Any]:
-        """What is recorded of how the output is made. Reads all that has not been read yet."""
+    def _made_by(self, *, read_hub: bool = True) -> dict[str, Any]:
+        """What is recorded of how the output is made. Reads all that has not been read yet.
+
+        Args:
+            read_hub: what is on the Hub too, which is known by its commits otherwise.
+        """
         sources = {
             "importance": self._scores,
             "model": self._model and self._model.source,
             "base": self._base and self._base.source,
         }
-        digests = {role: source.fingerprint() for role, source in sources.items() if source}
-        return made_by("prune", asdict(self.options), asdict(self.inputs), digests)
+        parents = self.inputs.parents
+        digests = {
+            role: source.fingerprint()
+            for role, source in sources.items()
+            if source and (read_hub or isinstance(parents[role], Path))
+        }
+        return made_by("prune", asdict(self.options), parents, digests)
 
     def run(
         self,
@@ -219,9 +270,11 @@ class Prune:
             CheckpointError: NaN or infinity, or tensors without scores that differ.
             TryAgainError: the disk has no room.
         """
-        refuse_inputs_inside(out_dir, asdict(self.inputs).values())
+        refuse_inputs_inside(out_dir, self.inputs.parents.values())
         # Asked only of what is there: the answer takes all digests.
-        if out_dir.exists() and is_made(out_dir, DETAIL_FILE, self._made_by(), overwrite=overwrite):
+        if out_dir.exists() and is_made(
+            out_dir, DETAIL_FILE, self._made_by(read_hub=False), overwrite=overwrite
+        ):
             return _figures(read_details(out_dir / DETAIL_FILE)), False
         refuse_full_disk(out_dir, self.plan()["write_bytes"])
         with (
@@ -237,7 +290,7 @@ class Prune:
     def _find_mask(self, workers: Workers) -> _Mask:
         if self._scores is None:
             return _Mask(partial(read_piece, self._evidence.read))
-        details = read_details(Path(str(self.inputs.importance)) / SNAPSHOT_FILE)
+        details = read_details(self._evidence_folder / SNAPSHOT_FILE)
         marks = mark_important(
             FiniteSource(self._scores),
             self.options.important_fraction,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from kifmerge.checkpoint.folder import Folder, Folders
 from kifmerge.checkpoint.provenance import (
     CHECKPOINT_FORMAT,
     VERSION,
@@ -36,8 +37,12 @@ class RecordedMerge:
     content: Mapping[str, Any]
 
 
-def recorded_merge(path: Path) -> RecordedMerge:
+def recorded_merge(path: Path, folders: Folders | None = None) -> RecordedMerge:
     """Read how a merge was made.
+
+    Args:
+        path: of a ``kifmerge.json``.
+        folders: opens the references in it.
 
     Raises:
         CheckpointError: no such file, or it tells of no merge, or of one that is not known here.
@@ -50,7 +55,7 @@ def recorded_merge(path: Path) -> RecordedMerge:
     if not isinstance(made_by, dict) or made_by.get("command") != "merge":
         raise CheckpointError(f"{path}: what it lies beside was not made by a merge")
     try:
-        parents = {role: Path(parent["reference"]) for role, parent in made_by["parents"].items()}
+        references = {role: parent["reference"] for role, parent in made_by["parents"].items()}
         options = {
             key: tuple(value) if isinstance(value, list) else value
             for key, value in made_by["options"].items()
@@ -65,6 +70,7 @@ def recorded_merge(path: Path) -> RecordedMerge:
         raise CheckpointError(
             f"{path}: a merge that cannot be made again by this version ({error})"
         ) from error
+    parents = (folders or Folders()).open_each(references)
     return RecordedMerge(inputs=_inputs(parents), rule=rule, options=further, content=content)
 
 
@@ -73,8 +79,8 @@ def _named(options: Mapping[str, Any], kind: Any) -> dict[str, Any]:
     return {key: value for key, value in options.items() if key in names}
 
 
-def _inputs(parents: Mapping[str, Path]) -> MergeInputs:
-    kinds: dict[str, dict[str, Path]] = {end: {} for end in EVIDENCE_ENDS}
+def _inputs(parents: Mapping[str, Folder]) -> MergeInputs:
+    kinds: dict[str, dict[str, Folder]] = {end: {} for end in EVIDENCE_ENDS}
     models = {}
     for role, path in parents.items():
         end = next((end for end in EVIDENCE_ENDS if role.endswith(end)), None)

@@ -9,13 +9,14 @@ from typing import Any
 
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel
 
 from kifmerge.checkpoint.atomic import whole_folder
 from kifmerge.errors import CheckpointError
 from kifmerge.phases.model import (
     AUTO_CLASSES,
     ModelOptions,
+    load_tokenizer,
     loading,
     set_dropout,
 )
@@ -44,7 +45,7 @@ def make_base(
         return made
     if isinstance(options.tokenizer, str):
         with loading(options.tokenizer):
-            tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
+            tokenizer = load_tokenizer(options.tokenizer)
     else:
         tokenizer = train_tokenizer(
             texts, options.tokenizer or TokenizerOptions(), max_tokens=options.max_tokens

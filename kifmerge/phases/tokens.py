@@ -6,6 +6,7 @@ Files that are equal byte by byte, which is the rule, cost nothing but reading t
 from __future__ import annotations
 
 import filecmp
+import fnmatch
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from kifmerge.checkpoint.digest import file_sha256
+from kifmerge.checkpoint.folder import Folder, file_sizes, has_file
 from kifmerge.checkpoint.provenance import read_details
 from kifmerge.errors import MOST_PROBLEMS_SHOWN, CheckpointError
 
@@ -58,12 +60,12 @@ class TokenizerDifference:
     other: str
 
 
-def has_tokenizer(directory: Path) -> bool:
+def has_tokenizer(directory: Folder) -> bool:
     """Whether a folder holds a file that tells how text becomes tokens."""
-    return any((directory / name).exists() for name in _TOKENIZER_FILES)
+    return any(has_file(directory, name) for name in _TOKENIZER_FILES)
 
 
-def tokenizer_differences(first: Path, other: Path) -> Iterator[TokenizerDifference]:
+def tokenizer_differences(first: Folder, other: Folder) -> Iterator[TokenizerDifference]:
     """What the tokenizers of two folders do not share.
 
     Args:
@@ -79,7 +81,7 @@ def tokenizer_differences(first: Path, other: Path) -> Iterator[TokenizerDiffere
         yield TokenizerDifference("tokenizer", key, _shown(ours[key]), _shown(theirs[key]))
 
 
-def template_differences(first: Path, other: Path) -> Iterator[TokenizerDifference]:
+def template_differences(first: Folder, other: Folder) -> Iterator[TokenizerDifference]:
     """Chat templates of one name, in two folders, that differ.
 
     Raises:
@@ -92,7 +94,7 @@ def template_differences(first: Path, other: Path) -> Iterator[TokenizerDifferen
             yield TokenizerDifference("chat-template", f"chat template {name}", *lines)
 
 
-def chat_templates(directory: Path) -> dict[str, str]:
+def chat_templates(directory: Folder) -> dict[str, str]:
     """Name -> text of a folder's chat templates, from the files of any version of transformers."""
     found = read_details(directory / _TOKENIZER_CONFIG).get("chat_template")
     found = read_details(directory / _TEMPLATE_JSON).get("chat_template", found)
@@ -102,15 +104,16 @@ def chat_templates(directory: Path) -> dict[str, str]:
         for entry in named
         if isinstance(entry, dict) and isinstance(entry.get("template"), str)
     }
-    if (directory / _TEMPLATE_FILE).exists():
+    if has_file(directory, _TEMPLATE_FILE):
         templates["default"] = _read_text(directory / _TEMPLATE_FILE)
-    for path in sorted((directory / _TEMPLATE_FOLDER).glob("*.jinja")):
-        templates[path.stem] = _read_text(path)
+    for name in fnmatch.filter(file_sizes(directory, _TEMPLATE_FOLDER), "*.jinja"):
+        text = _read_text(directory / f"{_TEMPLATE_FOLDER}/{name}")
+        templates[name.removesuffix(".jinja")] = text
     return templates
 
 
-def _cutting_differences(first: Path, other: Path) -> Iterator[TokenizerDifference]:
-    both = [name for name in _files(first) if (other / name).exists()]
+def _cutting_differences(first: Folder, other: Folder) -> Iterator[TokenizerDifference]:
+    both = [name for name in _files(first) if has_file(other, name)]
     if both and both[0] == TOKENIZER_FILE and _same_file(first, other, TOKENIZER_FILE):
         return
     ours, theirs = _read_tokenizer(first), _read_tokenizer(other)
@@ -146,16 +149,16 @@ class _Tokenizer:
     parts: Mapping[str, _Part]
 
 
-def _read_tokenizer(directory: Path) -> _Tokenizer | None:
+def _read_tokenizer(directory: Folder) -> _Tokenizer | None:
     """The tokenizer of a folder; None if only files that are not read here hold it."""
-    if (directory / TOKENIZER_FILE).exists():
+    if has_file(directory, TOKENIZER_FILE):
         return _fast_tokenizer(directory / TOKENIZER_FILE)
     added = _numbered(directory / _ADDED_TOKENS)
-    if (directory / _VOCAB_JSON).exists():
+    if has_file(directory, _VOCAB_JSON):
         merges = directory / _MERGES
         parts = {"merges": _part(_merge_lines(_read_text(merges)))} if merges.exists() else {}
         return _Tokenizer({**_numbered(directory / _VOCAB_JSON), **added}, parts)
-    if (directory / _VOCAB_TEXT).exists():
+    if has_file(directory, _VOCAB_TEXT):
         tokens = _read_text(directory / _VOCAB_TEXT).splitlines()
         return _Tokenizer({**{token: n for n, token in enumerate(tokens)}, **added}, {})
     return None
@@ -230,7 +233,7 @@ def _vocab_differences(
         yield TokenizerDifference("vocab", f"token {token!r}", *numbers)
 
 
-def _special_tokens(directory: Path) -> dict[str, str | list[str]]:
+def _special_tokens(directory: Folder) -> dict[str, str | list[str]]:
     """Special tokens by their role, as far as files beside the tokenizer name them."""
     named = read_details(directory / _TOKENIZER_CONFIG)
     named = {**named, **read_details(directory / _SPECIAL_TOKENS)}
@@ -280,11 +283,11 @@ def _part(value: Any) -> _Part:
     return _Part(digest, f"{size} (sha256 {digest[:_SHOWN_DIGITS]})")
 
 
-def _files(directory: Path) -> list[str]:
-    return [name for name in _TOKENIZER_FILES if (directory / name).exists()]
+def _files(directory: Folder) -> list[str]:
+    return [name for name in _TOKENIZER_FILES if has_file(directory, name)]
 
 
-def _same_file(first: Path, other: Path, name: str) -> bool:
+def _same_file(first: Folder, other: Folder, name: str) -> bool:
     return filecmp.cmp(first / name, other / name, shallow=False)
 
 

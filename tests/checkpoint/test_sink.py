@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM
 
 from kifmerge.checkpoint import sink as sink_module
 from kifmerge.checkpoint.atomic import whole_folder
+from kifmerge.checkpoint.companions import copy_companions
 from kifmerge.checkpoint.pieces import pieces, read_piece, split_piece
 from kifmerge.checkpoint.sink import (
     FileRecord,
     FolderSink,
     MemorySink,
-    copy_companions,
     layout_of,
     new_layout,
     with_dtype,
