@@ -1,7 +1,7 @@
 """Running a recipe: the run folder, its lock and manifest, all methods and seeds, the report.
 
 DIR/recipe.yaml          the recipe with every option resolved
-DIR/manifest.json        format, versions
+DIR/manifest.json        format, versions, and at which commits references to the Hub were then
 DIR/start/seed-S/        the stages that all methods share
 DIR/METHOD/seed-S/       the stages of one method (see kifmerge.phases.sequence)
 DIR/report.md, results.json, metrics.csv
@@ -10,10 +10,11 @@ DIR/report.md, results.json, metrics.csv
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import platform
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,12 @@ import yaml
 from kifmerge.checkpoint.atomic import whole_file, write_json, write_text
 from kifmerge.checkpoint.provenance import read_details
 from kifmerge.errors import RunError, problem_list
+from kifmerge.hub.client import Say, silent
+from kifmerge.phases.data import pinned_source
 from kifmerge.phases.evaluate import read_predictions, score_predictions
 from kifmerge.phases.methods import METHODS
+from kifmerge.phases.opening import bring
+from kifmerge.phases.origin import pinned
 from kifmerge.phases.plot import can_draw, draw_report
 from kifmerge.phases.report import Report, as_csv, as_markdown
 from kifmerge.phases.sequence import (
@@ -60,6 +65,7 @@ def run_recipe(
     overwrite: bool = False,
     num_jobs: int = 1,
     on_moment: OnMoment = lambda trial, moment: None,
+    say: Say = silent,
 ) -> Report:
     """Run all methods and seeds of a recipe and write the report.
 
@@ -71,15 +77,21 @@ def run_recipe(
         overwrite: remove an earlier run in the folder first.
         num_jobs: trials at once, each in a process of its own with its share of the cores.
         on_moment: told where each trial is, from the calling process.
+        say: told what is fetched from the Hub.
+
+    What the recipe names on the Hub is pinned to a commit when the run begins, and stays there
+    however often it is resumed.
 
     Raises:
         RunError: the folder is not empty, holds another recipe's run, or is in use.
         DataError, CheckpointError, TrainingError: see the phases; finished stages stay.
+        TryAgainError: network or server failed.
     """
     refuse_process_group()
     out_dir = Path(out_dir)
-    with _run_folder(recipe, out_dir, resume=resume, overwrite=overwrite):
-        options = recipe.sequence()
+    with _run_folder(recipe, out_dir, say, resume=resume, overwrite=overwrite) as chosen:
+        bring(chosen.model, None, say)
+        options = chosen.sequence()
         starts = [Trial(START, seed) for seed in recipe.seeds]
         trials = [Trial(method, seed) for seed in recipe.seeds for method in recipe.methods]
         for wave in (starts, trials):
@@ -196,10 +208,13 @@ def _training(stage: Path) -> dict[str, Any] | None:
 
 
 @contextlib.contextmanager
-def _run_folder(recipe: Recipe, out_dir: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
+def _run_folder(
+    recipe: Recipe, out_dir: Path, say: Say, *, resume: bool, overwrite: bool
+) -> Iterator[Recipe]:
     """Lock the folder, check that it may be used, and write recipe and manifest into it.
 
-    If the body fails before a single stage is finished, the folder is left empty.
+    Yields the recipe with all references pinned. If the body fails before a single stage is
+    finished, the folder is left empty.
     """
     is_run = _is_run(out_dir)
     if _is_occupied(out_dir) and not is_run:
@@ -208,6 +223,10 @@ def _run_folder(recipe: Recipe, out_dir: Path, *, resume: bool, overwrite: bool)
         raise RunError(f"{out_dir} is not empty: --resume goes on with it, --overwrite starts anew")
     with _locked(out_dir):
         kept = _kept_recipe(out_dir) if is_run and not overwrite else None
+        pins: dict[str, str] = {}
+        if kept is not None:
+            pins |= read_details(out_dir / MANIFEST_FILE).get("references", {})
+        recipe = _pinned(recipe, pins, say)
         if kept is not None:
             _check_extension(kept, recipe, out_dir)
         # A mistake in the last task's rows should not show after hours of training on the first.
@@ -217,12 +236,46 @@ def _run_folder(recipe: Recipe, out_dir: Path, *, resume: bool, overwrite: bool)
             if overwrite:
                 _empty(out_dir)
             write_text(out_dir / RECIPE_FILE, yaml.safe_dump(recipe.as_dict(), sort_keys=False))
-            write_json(out_dir / MANIFEST_FILE, _manifest())
-            yield
+            write_json(out_dir / MANIFEST_FILE, _manifest(pins))
+            yield recipe
         except BaseException:
             if not any(out_dir.rglob(STAGE_FILE)):
                 _empty(out_dir)
             raise
+
+
+def _pinned(recipe: Recipe, pins: dict[str, str], say: Say) -> Recipe:
+    """The recipe with everything on the Hub at a commit.
+
+    Args:
+        recipe: as it was given.
+        pins: reference as given -> pinned: those in it are not looked up, new ones are added.
+        say: told of waits.
+    """
+
+    def pin(text: str, look_up: Callable[[str, Say], str] = pinned) -> str:
+        if text not in pins:
+            found = look_up(text, say)
+            if found == text:
+                return text
+            pins[text] = found
+        return pins[text]
+
+    model = recipe.model
+    return dataclasses.replace(
+        recipe,
+        model=dataclasses.replace(
+            model,
+            reference=None if model.reference is None else pin(model.reference),
+            tokenizer=pin(model.tokenizer) if isinstance(model.tokenizer, str) else model.tokenizer,
+        ),
+        tasks=[
+            dataclasses.replace(
+                task, train=pin(task.train, pinned_source), test=pin(task.test, pinned_source)
+            )
+            for task in recipe.tasks
+        ],
+    )
 
 
 def _is_occupied(out_dir: Path) -> bool:
@@ -263,12 +316,13 @@ def _empty(out_dir: Path) -> None:
             entry.unlink()
 
 
-def _manifest() -> dict[str, Any]:
+def _manifest(pins: Mapping[str, str]) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "version": VERSION,
         "python": platform.python_version(),
         "packages": {name: version(name) for name in _PACKAGES},
+        "references": dict(pins),
     }
 
 

@@ -107,11 +107,14 @@ class Folders:
     Args:
         fetch: how weights on the Hub are read.
         say: told what is worth knowing.
+
+    Attributes:
+        say: as given.
     """
 
     def __init__(self, fetch: Fetch = "auto", say: Say = silent) -> None:
         self._fetch = fetch
-        self._say = say
+        self.say = say
         self._opened: dict[Reference, HubFolder] = {}
 
     def open(self, text: str | Path) -> Folder:
@@ -126,7 +129,7 @@ class Folders:
             return reference
         if reference not in self._opened:
             try:
-                self._opened[reference] = open_hub_folder(reference, self._fetch, self._say)
+                self._opened[reference] = open_hub_folder(reference, self._fetch, self.say)
             except CheckpointError as error:
                 if str(text).startswith("hf://"):
                     raise

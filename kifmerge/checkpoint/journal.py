@@ -15,7 +15,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,14 @@ import filelock
 from kifmerge.checkpoint.atomic import disk_errors, flush, write_json, write_text
 from kifmerge.checkpoint.digest import file_sha256
 from kifmerge.checkpoint.provenance import read_details
-from kifmerge.errors import CheckpointError, KifmergeError, RunError, TryAgainError, problem_list
+from kifmerge.errors import (
+    CheckpointError,
+    DamagedTransferError,
+    KifmergeError,
+    RunError,
+    TryAgainError,
+    problem_list,
+)
 
 _LOCK = "lock"
 _WORK = "work.json"
@@ -43,7 +50,10 @@ class Journal:
     Attributes:
         directory: to be filled.
         finished: file name -> what was noted when it was finished, verified against the disk.
+        holds_one: False: all of its files stay here.
     """
+
+    holds_one = False
 
     def __init__(self, work_dir: Path) -> None:
         self.directory = work_dir / _NEW
@@ -68,6 +78,10 @@ class Journal:
         self.finished[record["name"]] = dict(record)
         flush(self._path.parent)
 
+    def refuse_full_disk(self, sizes: Iterable[int]) -> None:
+        """Refuse to begin what cannot end for lack of space."""
+        refuse_full_disk(self.directory, sum(sizes))
+
     def remove_unfinished(self) -> None:
         """Remove what lies beside the finished files."""
         for path in self.directory.iterdir():
@@ -79,7 +93,7 @@ class Journal:
         if not self._path.exists():
             return {}
         found = self._path.read_text(encoding="utf-8", errors="replace")
-        records = [record for line in found.splitlines() if (record := _parsed(line)) is not None]
+        records = parse_journal(found)
         # Later lines must not be glued to a broken one.
         mended = "".join(json.dumps(record) + "\n" for record in records)
         if mended != found:
@@ -161,12 +175,15 @@ def refuse_occupied(path: Path, *, overwrite: bool) -> None:
         raise RunError(f"{path} exists already: it will not be overwritten")
 
 
-def refuse_full_disk(path: Path, num_bytes: int) -> None:
+def refuse_full_disk(
+    path: Path, num_bytes: int, advice: str = "choose another disk for --out"
+) -> None:
     """Refuse to begin what cannot end for lack of space.
 
     Args:
         path: of the folder to be made, which need not exist.
         num_bytes: that are still to be written.
+        advice: what else than making room helps.
 
     Raises:
         TryAgainError: less is free.
@@ -176,7 +193,7 @@ def refuse_full_disk(path: Path, num_bytes: int) -> None:
     if free_bytes < num_bytes + _SPARE_BYTES:
         raise TryAgainError(
             f"{path}: {(num_bytes + _SPARE_BYTES) / 1e9:.2f} GB are needed, "
-            f"{free_bytes / 1e9:.2f} GB are free there: make room, or choose another disk for --out"
+            f"{free_bytes / 1e9:.2f} GB are free there: make room, or {advice}"
         )
 
 
@@ -261,14 +278,23 @@ def _tidied(work_dir: Path, journal: Journal | None, error: BaseException) -> st
     if journal is not None and not _has_leftovers(work_dir):
         _remove(work_dir)
         return "it is whole"
-    # Inputs that are wrong stay wrong; a disk that fails may recover.
-    is_final = isinstance(error, CheckpointError) and not isinstance(error.__cause__, OSError)
-    if journal is None or is_final or not journal.finished:
+    if journal is None or spoils_work(error) or not journal.finished:
         _remove(work_dir)
         return _NOTHING_KEPT
     with contextlib.suppress(OSError):  # the error that led here is the one to be told
         journal.remove_unfinished()
     return f"{len(journal.finished)} {_KEPT}"
+
+
+def spoils_work(error: BaseException) -> bool:
+    """Whether what was made before an error is worth nothing.
+
+    Inputs that are wrong stay wrong, and what came damaged was used; a disk or a network that
+    fails may recover.
+    """
+    if isinstance(error, DamagedTransferError):
+        return True
+    return isinstance(error, CheckpointError) and not isinstance(error.__cause__, OSError)
 
 
 def _remove(work_dir: Path) -> None:
@@ -287,6 +313,11 @@ def _empty(work_dir: Path) -> None:
 
 def _delete(path: Path) -> None:
     path.unlink() if path.is_file() else shutil.rmtree(path)
+
+
+def parse_journal(text: str) -> list[dict[str, Any]]:
+    """Its records, but for lines that a kill has left unfinished, or that are not ours."""
+    return [record for line in text.splitlines() if (record := _parsed(line)) is not None]
 
 
 def _parsed(line: str) -> dict[str, Any] | None:

@@ -72,7 +72,7 @@ def is_made(path: Path, detail_file: str, wanted: Mapping[str, Any], *, overwrit
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return False
     found = read_details(path / detail_file).get("made_by") if path.is_dir() else None
-    if found is not None and _is_same(found, wanted):
+    if found is not None and is_same(found, wanted):
         return True
     if overwrite:
         return False
@@ -82,7 +82,7 @@ def is_made(path: Path, detail_file: str, wanted: Mapping[str, Any], *, overwrit
     )
 
 
-def _is_same(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+def is_same(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
     """Whether two artifacts are made alike; a digest that is not known matches any."""
     parents = found.get("parents")
     known = {

@@ -92,14 +92,16 @@ def evaluate(
     """Answer the rows of one or more files and score the answers, file by file and on average."""
     from kifmerge.checkpoint.provenance import made_by
     from kifmerge.display import ProgressDisplay
-    from kifmerge.phases.data import read_examples
+    from kifmerge.phases.data import pinned_source, read_examples
     from kifmerge.phases.evaluate import evaluate_files, finished_evaluation, source_names
     from kifmerge.phases.measure import open_at_rest
 
+    display = ProgressDisplay(quiet=quiet)
     reading = _data_options(sources, columns, labels, num_rows)
-    named = dict(zip(source_names(sources), sources, strict=True))
+    pinned = [pinned_source(source, display.say) for source in sources]
+    named = dict(zip(source_names(sources), pinned, strict=True))
     files = {name: read_examples(source, reading) for name, source in named.items()}
-    found, adapter = _model_options(model, adapter, settings)
+    found, adapter = _model_options(model, adapter, settings, display.say)
     options = {**_recorded(found, reading), "metric": metric, "batch_size": batch_size}
     parents = {"model": found.model.reference, "adapter": adapter}
     data = {f"data/{name}": source for name, source in named.items()}
@@ -108,12 +110,12 @@ def evaluate(
         print_mapping(wanted, json_output=json_output)
         return
     content = finished_evaluation(out, wanted, overwrite=overwrite)
-    with ProgressDisplay(quiet=quiet) as display:
+    with display:
         if content is not None:
             display.say(f"{out} holds the scores of this very evaluation already: nothing to do")
         else:
             content = evaluate_files(
-                open_at_rest(found.model, adapter, found.training),
+                open_at_rest(found.model, adapter, found.training, display.say),
                 files,
                 out,
                 labels=reading.labels,
@@ -176,19 +178,21 @@ def importance(
     from kifmerge.checkpoint.atomic import whole_folder
     from kifmerge.checkpoint.provenance import is_made, made_by, read_details
     from kifmerge.checkpoint.snapshot import DETAIL_FILE
-    from kifmerge.checkpoint.source import open_source
     from kifmerge.display import ProgressDisplay
-    from kifmerge.phases.data import read_examples
+    from kifmerge.phases.data import pinned_source, read_examples
     from kifmerge.phases.measure import (
         MeasureOptions,
+        checkpoint_files,
         measure_importance,
         open_at_rest,
         write_measurement,
     )
 
+    display = ProgressDisplay(quiet=quiet)
     reading = _data_options([source], columns, labels, samples)
+    source = pinned_source(source, display.say)
     examples = read_examples(source, reading)
-    found, adapter = _model_options(model, adapter, settings)
+    found, adapter = _model_options(model, adapter, settings, display.say)
     options = MeasureOptions(
         average=average,
         sensitivity=order,
@@ -203,17 +207,16 @@ def importance(
     if dry_run:
         print_mapping(wanted, json_output=json_output)
         return
-    with ProgressDisplay(quiet=quiet) as display:
+    with display:
         if is_made(out, DETAIL_FILE, wanted, overwrite=overwrite):
             display.say(f"{out} holds this very snapshot already: nothing to do")
         else:
-            kept_in = adapter or str(found.model.reference)
-            files = open_source(kept_in) if Path(kept_in).is_dir() else None
+            loaded = open_at_rest(found.model, adapter, found.training, display.say)
             measured = measure_importance(
-                open_at_rest(found.model, adapter, found.training),
+                loaded,
                 examples,
                 options,
-                files,
+                checkpoint_files(found.model, adapter),
                 on_batch=_counter(display, "measuring", len(examples)),
                 say=display.say,
             )
@@ -237,18 +240,22 @@ def importance(
 
 
 def _model_options(
-    model: str, adapter: str | None, settings: Sequence[str] | None
+    model: str, adapter: str | None, settings: Sequence[str] | None, say: Callable[[str], None]
 ) -> tuple[Recipe, str | None]:
-    """How a model is used, by what its checkpoint says and the settings; and its adapter."""
-    from kifmerge.phases.model import quieten_libraries
-    from kifmerge.phases.opening import parted, saved_section
+    """How a model is used, by what its checkpoint says and the settings; and its adapter.
+
+    What is on the Hub is pinned to the commits that it is at now.
+    """
+    from kifmerge.phases.model import pinned_options, quieten_libraries
+    from kifmerge.phases.opening import pinned_parts, saved_section
     from kifmerge.recipe import phase_recipe
 
     quieten_libraries()
-    base, adapter = parted(model, adapter)
+    base, adapter = pinned_parts(model, adapter, say)
     section = saved_section(base, adapter)
     no_task = {"name": "rows", "train": "rows", "test": "rows"}
-    return phase_recipe(None, settings or (), model=section, task=no_task, kept={}), adapter
+    found = phase_recipe(None, settings or (), model=section, task=no_task, kept={})
+    return dataclasses.replace(found, model=pinned_options(found.model)), adapter
 
 
 def _recorded(found: Recipe, reading: DataOptions) -> dict[str, Any]:

@@ -26,8 +26,11 @@ from kifmerge.cli.options import (
 )
 from kifmerge.cli.output import print_mapping
 from kifmerge.cli.reporting import as_usage, opener, print_result, reporting
+from kifmerge.hub.reference import SCHEME
 
 if TYPE_CHECKING:
+    from kifmerge.checkpoint.destination import Destination
+    from kifmerge.hub.client import Say
     from kifmerge.phases.inputs import MergeInputs
     from kifmerge.phases.rules import FusionOptions
 
@@ -38,7 +41,13 @@ RuleName = Literal[
 
 
 def merge(
-    out: Annotated[Path, typer.Option(help="Folder of the merged checkpoint to make.")],
+    out: Annotated[
+        str,
+        typer.Option(
+            metavar="DIR|hf://ORG/NAME",
+            help="Merged checkpoint to make: a folder, or a repository.",
+        ),
+    ],
     file: Annotated[
         Path | None,
         typer.Argument(metavar="[FILE]", help="kifmerge.json of a merge: make the same one again."),
@@ -146,6 +155,10 @@ def merge(
         typer.Option(help="Of the output's weights; the base's if not given."),
     ] = None,
     fetch: FetchOption = "auto",
+    private: Annotated[
+        bool | None,
+        typer.Option(help="Whether others must not see a repository that --out creates."),
+    ] = None,
     workers: WorkersOption = None,
     dry_run: DryRunOption = False,
     resume: Annotated[
@@ -217,16 +230,31 @@ def merge(
                 shard_bytes=None if shard_size is None else parse_bytes(shard_size),
                 dtype=dtype,
             )
-        merging = Merge(inputs, options, further, num_workers=workers)
+        merging = Merge(
+            inputs, options, further, num_workers=workers, spare_disk=out.startswith(SCHEME)
+        )
     plan = merging.plan()
     if dry_run:
         print_mapping(dataclasses.asdict(plan), json_output=json_output)
         return
+    destination = _destination(
+        out, resume=resume, overwrite=overwrite, private=private, say=folders.say
+    )
     with reporting("fusing", plan.num_parameters, quiet=quiet) as on_progress:
-        figures, is_new = merging.run(
-            out, overwrite=overwrite, resume=resume, expected=expected, on_progress=on_progress
-        )
+        figures, is_new = merging.run(destination, expected=expected, on_progress=on_progress)
     print_result(out, figures, is_new=is_new, json_output=json_output, quiet=quiet)
+
+
+def _destination(
+    out: str, *, resume: bool, overwrite: bool, private: bool | None, say: Say
+) -> Destination:
+    from kifmerge.checkpoint.destination import LocalDestination
+    from kifmerge.checkpoint.repository import RepositoryDestination
+    from kifmerge.hub.target import parse_target
+
+    if out.startswith(SCHEME):
+        return RepositoryDestination(target=parse_target(out), private=private, say=say)
+    return LocalDestination(path=Path(out), resume=resume, overwrite=overwrite)
 
 
 def _refuse_beside_file(*others: Any) -> None:

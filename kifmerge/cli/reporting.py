@@ -72,7 +72,7 @@ def reporting(phase: str, total: int, *, quiet: bool) -> Iterator[Callable[[int]
 
 
 def print_result(
-    out: Path, figures: dict[str, Any], *, is_new: bool, json_output: bool, quiet: bool
+    out: Path | str, figures: dict[str, Any], *, is_new: bool, json_output: bool, quiet: bool
 ) -> None:
     """Print what was made, on stdout; that it was made before, on stderr."""
     if not is_new and not quiet:

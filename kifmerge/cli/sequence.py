@@ -75,6 +75,7 @@ def run(
             overwrite=overwrite,
             num_jobs=jobs,
             on_moment=display.on_moment,
+            say=display.say,
         )
         display.say(f"report: {out / 'report.md'}")
     _print_report(report, json_output=json_output)

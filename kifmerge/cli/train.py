@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -66,9 +67,9 @@ def train(
         bool, typer.Option("--kif", help="Train and score the whole task as KIF does: kif.*.")
     ] = False,
     only_units: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            metavar="DIR",
+            metavar="REF",
             help="Train only skill units important to earlier tasks (KIF-M, a reconstruction).",
         ),
     ] = None,
@@ -86,10 +87,11 @@ def train(
     from kifmerge.phases.chain import train_into
     from kifmerge.phases.data import labels_met
 
+    display = ProgressDisplay(quiet=quiet)
     extra = [] if total_steps is None else [f"training.max_steps={total_steps}"]
     task = {"train": data, "columns": column_templates(columns) or None, "train_rows": num_rows}
     step, examples = _step(
-        model, adapter, task, state, recipe, [*(settings or []), *extra],
+        model, adapter, task, state, recipe, [*(settings or []), *extra], display.say,
         kif=kif, only_units=only_units, seed=seed, initial_seed=initial_seed, num_steps=steps,
     )  # fmt: skip
     if step.model.kind == "classifier":
@@ -98,13 +100,14 @@ def train(
     if dry_run:
         print_mapping(step.made_by("train"), json_output=json_output)
         return
-    with ProgressDisplay(quiet=quiet) as display:
+    with display:
         record, made_now = train_into(
             out,
             step,
             examples,
             overwrite=overwrite,
             on_progress=functools.partial(display.on_step, "training"),
+            say=display.say,
         )
         _finish(display, out, record, made_now, json_output=json_output)
 
@@ -130,15 +133,16 @@ def replay(
     from kifmerge.display import ProgressDisplay
     from kifmerge.phases.chain import replay_into
 
+    display = ProgressDisplay(quiet=quiet)
     step, examples = _step(
-        model, adapter, {"train": memory}, state, recipe, settings or [],
+        model, adapter, {"train": memory}, state, recipe, settings or [], display.say,
         seed=seed, initial_seed=None, num_steps=steps,
     )  # fmt: skip
     if dry_run:
         print_mapping(step.made_by("replay"), json_output=json_output)
         return
-    with ProgressDisplay(quiet=quiet) as display:
-        record, made_now = replay_into(out, step, examples, overwrite=overwrite)
+    with display:
+        record, made_now = replay_into(out, step, examples, overwrite=overwrite, say=display.say)
         _finish(display, out, record, made_now, json_output=json_output)
 
 
@@ -149,20 +153,26 @@ def _step(
     state: Path | None,
     recipe: Path | None,
     settings: list[str],
+    say: Callable[[str], None],
     *,
     kif: bool = False,
-    only_units: Path | None = None,
+    only_units: str | None = None,
     **numbers: int | None,
 ) -> tuple[ChainStep, list[Any]]:
-    """The step with its rows, every option found: from the state, the recipe, the settings."""
+    """The step with its rows, every option found: from the state, the recipe, the settings.
+
+    What is on the Hub is pinned to the commits that it is at now.
+    """
     from kifmerge.phases.chain import ChainStep, kept_sections
-    from kifmerge.phases.model import quieten_libraries
-    from kifmerge.phases.opening import parted, saved_section
+    from kifmerge.phases.data import pinned_source
+    from kifmerge.phases.model import pinned_options, quieten_libraries
+    from kifmerge.phases.opening import pinned_parts, saved_section
+    from kifmerge.phases.origin import pinned
     from kifmerge.phases.tasks import Task
     from kifmerge.recipe import phase_recipe
 
     quieten_libraries()
-    base, adapter = parted(model, adapter)
+    base, adapter = pinned_parts(model, adapter, say)
     kept = kept_sections(state)
     kept_seed = kept.pop("seed", 0)
     uses_kif = kif or only_units is not None or "kif" in kept
@@ -178,21 +188,23 @@ def _step(
         task={"name": "task", "test": task["train"], **task},
         kept=kept,
     )
+    rows = found.tasks[0]
+    rows = dataclasses.replace(rows, train=pinned_source(rows.train, say))
     initial_seed = numbers["initial_seed"]
     step = ChainStep(
-        model=found.model,
+        model=pinned_options(found.model),
         adapter=adapter,
         training=found.training,
         recurrent=found.recurrent,
         seed=seed,
         initial_seed=seed if initial_seed is None else initial_seed,
-        source=found.tasks[0].train,
+        source=rows.train,
         state_dir=state,
         num_steps=numbers["num_steps"],
         kif=found.kif if uses_kif else None,
-        only_units=only_units,
+        only_units=None if only_units is None else pinned(only_units, say),
     )
-    return step, Task(found.tasks[0]).train
+    return step, Task(rows).train
 
 
 def _finish(

@@ -10,76 +10,102 @@ from typing import Any
 from kifmerge.errors import DamagedTransferError
 
 _READ_BYTES = 1 << 20
-# Parts that come before their turn wait to be hashed as long as they are few.
-_MOST_PENDING_BYTES = 1 << 25
 
 
 class ContentCheck:
     """Compares a file that comes in parts with what the repository says of it.
 
-    Parts may come in about the order of the file; those of another pass over it are left out,
-    unless it begins again at the start of the second part. Safe to feed from threads.
+    Parts may come in about the order of the file: those that come before their turn are kept. A
+    part that comes again is compared with what it was the first time. Safe to feed from threads.
 
     Args:
         label: of the file, for messages.
         size: in bytes.
         sha256: of its content; None of a file that is kept in git itself.
         git_oid: git's hash of its content, which counts where there is no SHA-256.
+
+    Attributes:
+        has_passed: the whole file came, and is the repository's.
     """
 
     def __init__(self, label: str, size: int, sha256: str | None, git_oid: str | None) -> None:
         self._label = label
         self._size = size
         self._expected = sha256 or git_oid
-        self._hash: Any = _new_hash(size, sha256)
         self._position = 0
-        # Where the first part ended, from which another pass goes on.
-        self._first: tuple[int, Any] | None = None
+        # The hash of all that comes before a place, for the ends of all parts so far.
+        self._hashes: dict[int, Any] = {0: _new_hash(size, sha256)}
         self._pending: dict[int, Any] = {}
-        self._pending_bytes = 0
+        self._damage: DamagedTransferError | None = None
         self._lock = threading.Lock()
-        self.has_given_up = False
+        self.has_passed = False
+        self._compare_whole()
 
     def feed(self, start: int, content: Any) -> None:
-        """Take in a part.
+        """Take in a part, which must not change afterwards.
 
         Raises:
-            DamagedTransferError: all parts are there, and they are not the repository's file.
+            DamagedTransferError: what came so far is not the repository's file.
         """
         with self._lock:
-            if self.has_given_up:
-                return
-            if self._first is not None and self._position == self._size and start == self._first[0]:
-                self._position, self._hash = self._first[0], self._first[1].copy()
-            if start > self._position:
-                self._keep(start, content)
-            if start != self._position:
-                return
-            self._take(content)
-            if self._first is None:
-                self._first = (self._position, self._hash.copy())
-            while (following := self._pending.pop(self._position, None)) is not None:
-                self._pending_bytes -= len(following)
-                self._take(following)
-            if self._position == self._size and self._expected not in (
-                None,
-                self._hash.hexdigest(),
-            ):
-                raise DamagedTransferError(
-                    f"{self._label}: the bytes that came are not those of the repository: expected "
-                    f"hash {self._expected}, found {self._hash.hexdigest()}. Try again; if it goes "
-                    "on, a proxy or the disk damages them"
-                )
+            if start < self._position:
+                self._compare_again(start, content)
+            elif start > self._position:
+                self._pending[start] = content
+            else:
+                self._take(content)
+                while (following := self._pending.pop(self._position, None)) is not None:
+                    self._take(following)
+        self.refuse_damage()
+
+    def refuse_damage(self) -> None:
+        """Refuse what has been found damaged, whoever asks.
+
+        Raises:
+            DamagedTransferError: it has.
+        """
+        if self._damage is not None:
+            raise self._damage
+
+    def is_pending(self, start: int) -> bool:
+        """Whether the part that begins there is kept."""
+        return start in self._pending
+
+    def forget_pending(self) -> None:
+        """Keep parts no longer: the hash goes on only if they come again."""
+        with self._lock:
+            self._pending.clear()
 
     def _take(self, content: Any) -> None:
-        self._hash.update(content)
+        before = self._hashes[self._position].copy()
+        before.update(content)
         self._position += len(content)
+        self._hashes[self._position] = before
+        self._compare_whole()
 
-    def _keep(self, start: int, content: Any) -> None:
-        self._pending[start] = content
-        self._pending_bytes += len(content)
-        if self._pending_bytes > _MOST_PENDING_BYTES:
-            self.has_given_up, self._pending = True, {}
+    def _compare_whole(self) -> None:
+        if self._position < self._size or self._expected is None:
+            return
+        found = self._hashes[self._position].hexdigest()
+        self.has_passed = found == self._expected
+        if not self.has_passed:
+            self._damage = self._damaged(f"expected hash {self._expected}, found {found}")
+
+    def _compare_again(self, start: int, content: Any) -> None:
+        before, after = self._hashes.get(start), self._hashes.get(start + len(content))
+        if before is None or after is None:
+            return
+        again = before.copy()
+        again.update(content)
+        if again.digest() != after.digest():
+            stop = start + len(content)
+            self._damage = self._damaged(f"bytes {start} to {stop} came twice, and not alike")
+
+    def _damaged(self, how: str) -> DamagedTransferError:
+        return DamagedTransferError(
+            f"{self._label}: the bytes that came are not those of the repository: {how}. Try "
+            "again; if it goes on, a proxy or the disk damages them"
+        )
 
 
 def check_content(path: Path, label: str, size: int, sha256: str | None, oid: str | None) -> None:
@@ -97,6 +123,7 @@ def check_content(path: Path, label: str, size: int, sha256: str | None, oid: st
         while block := stream.read(_READ_BYTES):
             check.feed(position, block)
             position += len(block)
+    check.refuse_damage()
 
 
 def _new_hash(size: int, sha256: str | None) -> Any:

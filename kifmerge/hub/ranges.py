@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
 import huggingface_hub
 from huggingface_hub import constants
+from huggingface_hub.utils import build_hf_headers
 
 from kifmerge.errors import CheckpointError, DamagedTransferError
 from kifmerge.hub.client import (
-    MOST_TRIES,
+    LIBRARY,
     PassingError,
+    Patience,
     Say,
     asked_seconds,
     hub_api,
     hub_errors,
     is_passing,
     patiently,
-    pause,
     silent,
 )
 from kifmerge.hub.reference import Reference
 
 _CHUNK_BYTES = 1 << 18
+_OTHER_WAY = ": if this goes on, a proxy may be in the way: take --fetch download"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,11 +53,49 @@ class HubFile:
         return f"{self.reference}/{self.name}"
 
 
+def file_address(file: HubFile, say: Say = silent) -> str:
+    """Ask where the bytes of a file are: at an address that is signed and expires, or at the Hub's.
+
+    Raises:
+        CheckpointError: no such file, or no access.
+        TryAgainError: network or server failed, or it is another file than the one listed.
+    """
+    url = huggingface_hub.hf_hub_url(
+        file.reference.repo_id,
+        file.reference.path(file.name),
+        repo_type=file.reference.kind,
+        revision=file.reference.revision,
+        endpoint=constants.ENDPOINT,
+    )
+
+    found = patiently(
+        lambda: hub_api().get_hf_file_metadata(url=url, timeout=constants.HF_HUB_ETAG_TIMEOUT),
+        f"reading {file}",
+        say,
+    )
+    _refuse_other(file, found.size, found.etag)
+    return found.location
+
+
+def _refuse_other(file: HubFile, size: int | None, etag: str | None) -> None:
+    expected = file.sha256 or file.git_oid
+    # Mirrors may have tags of their own kind.
+    is_hash = expected is not None and etag is not None and len(etag) == len(expected)
+    if size not in (None, file.size) or (is_hash and etag != expected):
+        raise DamagedTransferError(
+            f"reading {file}: the listing says {file.size} bytes ({expected}), the file's own "
+            f"answer {size} ({etag}): a proxy may hold another version"
+        )
+
+
+class _RefusedAddressError(PassingError):
+    """An address is not accepted, or not any more."""
+
+
 class RangeReader:
     """Reads ranges of one file. Safe to read from in threads.
 
-    The address behind the repository's own, which is signed and expires, is asked for once, and
-    again when it is no longer accepted.
+    Its address is asked for once, and again when it is no longer accepted.
 
     Args:
         file: what to read.
@@ -66,13 +107,6 @@ class RangeReader:
         self._say = say
         self._lock = threading.Lock()
         self._address: str | None = None
-        self._url = huggingface_hub.hf_hub_url(
-            file.reference.repo_id,
-            file.reference.path(file.name),
-            repo_type=file.reference.kind,
-            revision=file.reference.revision,
-            endpoint=constants.ENDPOINT,
-        )
 
     def read(self, start: int, stop: int) -> bytearray:
         """The bytes of a range, all of them.
@@ -82,30 +116,42 @@ class RangeReader:
             TryAgainError: the network or the server failed too often in a row.
         """
         content = bytearray(stop - start)
-        view = memoryview(content)
-        filled, failures = 0, 0
-        while filled < len(content):
-            try:
-                with hub_errors(f"reading {self.file}"):
-                    for chunk in self._chunks(start + filled, stop):
-                        if len(chunk) > len(content) - filled:
-                            raise PassingError(f"reading {self.file}: more bytes came than asked")
-                        view[filled : filled + len(chunk)] = chunk
-                        filled, failures = filled + len(chunk), 0
-                if filled < len(content):
-                    raise PassingError(f"reading {self.file}: the answer ended too soon")
-            except PassingError as error:
-                failures += 1
-                if failures >= MOST_TRIES:
-                    raise
-                pause(failures, error, self._say)
+        self.read_into(start, memoryview(content))
         return content
 
-    def _chunks(self, start: int, stop: int) -> Any:
-        address = self._find_address()
-        headers = {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
-        if _origin(address) == _origin(constants.ENDPOINT):
-            headers |= _authorization()
+    def read_into(self, start: int, view: memoryview) -> None:
+        """Fill ``view`` with the bytes from ``start`` on.
+
+        Raises:
+            CheckpointError: the server does not serve ranges, or not of this file.
+            TryAgainError: the network or the server failed too often in a row.
+        """
+        patience = Patience(self._say)
+        filled, was_refused = 0, False
+        while filled < len(view):
+            address = self._find_address()
+            try:
+                with hub_errors(f"reading {self.file}"):
+                    for chunk in self._chunks(address, start + filled, start + len(view)):
+                        if len(chunk) > len(view) - filled:
+                            raise PassingError(f"reading {self.file}: more bytes came than asked")
+                        view[filled : filled + len(chunk)] = chunk
+                        filled, was_refused = filled + len(chunk), False
+                        patience.note_progress()
+                if filled < len(view):
+                    raise PassingError(f"reading {self.file}: the answer ended too soon")
+            except _RefusedAddressError as error:
+                self._forget(address)
+                if was_refused:
+                    patience.endure(error)
+                was_refused = True  # the first time it has expired, as addresses do
+            except PassingError as error:
+                patience.endure(error)
+
+    def _chunks(self, address: str, start: int, stop: int) -> Iterator[bytes]:
+        at_home = _origin(address) == _origin(constants.ENDPOINT)
+        headers = build_hf_headers(token=None if at_home else False, library_name=LIBRARY)
+        headers |= {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
         with huggingface_hub.get_session().stream(
             "GET", address, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
         ) as response:
@@ -115,58 +161,38 @@ class RangeReader:
     def _check(self, response: Any, start: int, stop: int) -> None:
         """Refuse an answer that is not the range asked for."""
         what, status = f"reading {self.file}", response.status_code
-        if status == 206:
-            expected = f"bytes {start}-{stop - 1}/{self.file.size}"
-            found = response.headers.get("content-range")
-            if found != expected:
-                raise PassingError(f"{what}: asked for {expected}, the answer is {found}")
-        elif status == 200:
-            # A proxy may leave out the range; what it sends then is the whole file.
-            if (start, stop) != (0, self.file.size):
-                raise PassingError(
-                    f"{what}: asked for a range, the answer is the whole file: if this goes on, "
-                    "take --fetch download"
-                )
-        elif status in (401, 403, 404, 410):
-            # A signed address that has expired: the next attempt asks for a new one, and where
-            # access itself is refused, it is refused there.
-            self._forget_address()
-            raise PassingError(f"{what}: the address is not accepted any more (HTTP {status})")
-        elif is_passing(status):
+        if status in (401, 403, 404, 410):
+            # The next attempt asks for a new address; where access itself is refused, it is
+            # refused there.
+            raise _RefusedAddressError(f"{what}: its address is not accepted (HTTP {status})")
+        if is_passing(status):
             raise PassingError(f"{what}: HTTP {status}", asked_seconds(response.headers))
-        else:
+        if status not in (200, 206):
             raise CheckpointError(f"{what}: HTTP {status}")
+        if response.headers.get("content-encoding") not in (None, "identity"):
+            raise PassingError(f"{what}: the answer is compressed{_OTHER_WAY}")
+        expected = f"bytes {start}-{stop - 1}/{self.file.size}"
+        found = response.headers.get("content-range")
+        if status == 206 and found != expected:
+            raise PassingError(f"{what}: asked for {expected}, the answer is {found}{_OTHER_WAY}")
+        # A proxy may leave out the range; what it sends then is the whole file.
+        if status == 200 and (start, stop) != (0, self.file.size):
+            raise PassingError(
+                f"{what}: asked for a range, the answer is the whole file{_OTHER_WAY}"
+            )
 
     def _find_address(self) -> str:
         with self._lock:
             if self._address is None:
-                found = patiently(
-                    lambda: hub_api().get_hf_file_metadata(url=self._url),
-                    f"reading {self.file}",
-                    self._say,
-                )
-                self._refuse_other(found.size, found.etag)
-                self._address = found.location
+                self._address = file_address(self.file, self._say)
             return self._address
 
-    def _refuse_other(self, size: int | None, etag: str | None) -> None:
-        expected = self.file.sha256 or self.file.git_oid
-        if size not in (None, self.file.size) or (expected and etag not in (None, expected)):
-            raise DamagedTransferError(
-                f"reading {self.file}: the listing says {self.file.size} bytes ({expected}), the "
-                f"file's own answer {size} ({etag}): a proxy may hold another version"
-            )
-
-    def _forget_address(self) -> None:
+    def _forget(self, address: str) -> None:
         with self._lock:
-            self._address = None
+            if self._address == address:  # another thread may have found a new one
+                self._address = None
 
 
 def _origin(address: str) -> tuple[str, str | None, int | None]:
     parts = urlsplit(address)
     return parts.scheme, parts.hostname, parts.port
-
-
-def _authorization() -> dict[str, str]:
-    token = huggingface_hub.get_token()
-    return {} if token is None else {"Authorization": f"Bearer {token}"}

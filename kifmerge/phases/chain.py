@@ -19,9 +19,11 @@ from kifmerge.checkpoint.provenance import (
 from kifmerge.checkpoint.units import DETAIL_FILE as UNITS_FILE
 from kifmerge.checkpoint.units import read_units
 from kifmerge.errors import CheckpointError, TrainingError
+from kifmerge.hub.client import Say, silent
 from kifmerge.phases.data import Example
 from kifmerge.phases.model import LoadedModel, ModelOptions
-from kifmerge.phases.opening import open_model
+from kifmerge.phases.opening import bring, open_model
+from kifmerge.phases.origin import on_hub, opened
 from kifmerge.phases.presets import KifOptions, RecurrentOptions
 from kifmerge.phases.resumable import CHECKPOINT, newest_step
 from kifmerge.phases.state import open_state
@@ -42,18 +44,20 @@ class ChainStep:
 
     Attributes:
         model: which, and how it is used; with a reference.
-        adapter: folder of the adapter on top of it.
+        adapter: on top of it: a folder, or on the Hub.
         training: optimization of the whole task.
         recurrent: the loop.
         seed: of row order, dropout and memory batches.
         initial_seed: of a fresh adapter or head.
         labels: that a classifier's head must cover, in order.
-        source: file of the rows.
+        source: of the rows, see :func:`kifmerge.phases.data.read_examples`.
         state_dir: left by the step before; None begins a task.
         num_steps: optimizer steps to make; None: all that are left of the task.
         kif: scores the whole task for KIF; None scores a round's steps for the recurrent loop.
-        only_units: folder of skill units; trains only those important to earlier tasks, as the
-            pass of KIF-M over memory does, with the important fraction of ``kif``.
+        only_units: skill units, in a folder or on the Hub; trains only those important to earlier
+            tasks, as the pass of KIF-M over memory does, with the important fraction of ``kif``.
+
+    What is on the Hub is pinned to a commit.
     """
 
     model: ModelOptions
@@ -67,7 +71,7 @@ class ChainStep:
     state_dir: Path | None = None
     num_steps: int | None = None
     kif: KifOptions | None = None
-    only_units: Path | None = None
+    only_units: str | None = None
 
     def made_by(self, command: str) -> dict[str, Any]:
         """What is recorded in the folder that the step makes."""
@@ -87,9 +91,14 @@ class ChainStep:
             "adapter": self.adapter,
             "data" if command == "train" else "memory": self.source,
             "state": self.state_dir,
-            "units": None if self.only_units is None else self.only_units / UNITS_FILE,
+            "units": self._units(),
         }
         return made_by(command, options, parents)
+
+    def _units(self) -> Path | str | None:
+        if self.only_units is None or on_hub(self.only_units) is not None:
+            return self.only_units
+        return Path(self.only_units) / UNITS_FILE
 
 
 def train_into(
@@ -99,6 +108,7 @@ def train_into(
     *,
     overwrite: bool = False,
     on_progress: OnProgress = lambda progress: None,
+    say: Say = silent,
 ) -> tuple[PhaseRecord, bool]:
     """Make inner steps on a task's rows, and ``out_dir`` with what they lead to.
 
@@ -110,6 +120,7 @@ def train_into(
     Raises:
         RunError: the folder holds something else.
         CheckpointError: model, adapter or state cannot be used.
+        TryAgainError: network or server failed, or what came is damaged.
     """
     refuse_process_group()
     wanted = step.made_by("train")
@@ -117,10 +128,10 @@ def train_into(
     if is_made(out_dir, PROVENANCE_FILE, wanted, overwrite=overwrite):
         shutil.rmtree(step_dir, ignore_errors=True)
         return kept_record(out_dir), False
-    options = _phase_options(step, step_dir, wanted, wanted["parents"]["data"]["digest"])
+    options = _phase_options(step, step_dir, wanted, _data_mark(wanted))
     interrupted = newest_step(step_dir)
     weights = interrupted / CHECKPOINT if interrupted is not None else None
-    loaded = _opened(step, weights)
+    loaded = _opened(step, weights, say)
     with whole_folder(out_dir, overwrite=overwrite) as temporary:
         record = train_steps(
             loaded, examples, options, temporary, num_steps=step.num_steps, on_progress=on_progress
@@ -130,7 +141,12 @@ def train_into(
 
 
 def replay_into(
-    out_dir: Path, step: ChainStep, memory: Sequence[Example], *, overwrite: bool = False
+    out_dir: Path,
+    step: ChainStep,
+    memory: Sequence[Example],
+    *,
+    overwrite: bool = False,
+    say: Say = silent,
 ) -> tuple[PhaseRecord, bool]:
     """Make outer steps on memory, and ``out_dir`` with what they lead to; see train_into."""
     refuse_process_group()
@@ -147,7 +163,7 @@ def replay_into(
     step_dir = _step_dir(out_dir, wanted)
     options = _phase_options(step, step_dir, wanted, data)
     num_steps = step.num_steps or step.recurrent.outer_steps
-    loaded = _opened(step, None)
+    loaded = _opened(step, None, say)
     with whole_folder(out_dir, overwrite=overwrite) as temporary:
         record = replay_steps(
             loaded,
@@ -179,9 +195,16 @@ def _kept_state(state_dir: Path) -> dict[str, Any]:
     return content
 
 
-def _opened(step: ChainStep, weights: Path | None) -> LoadedModel:
+def _data_mark(wanted: dict[str, Any]) -> str:
+    """What rows of the new task are known by: their digest, or on the Hub the pinned reference."""
+    data = wanted["parents"]["data"]
+    return str(data["digest"] or data["reference"])
+
+
+def _opened(step: ChainStep, weights: Path | None, say: Say) -> LoadedModel:
     """The step's model; of an interrupted step the weights it had come to."""
     model, adapter = step.model, step.adapter
+    bring(model, adapter, say)
     if weights is not None and model.lora is not None:
         adapter = str(weights)
     elif weights is not None:
@@ -204,7 +227,7 @@ def _phase_options(
         step_dir=step_dir,
         made_by=wanted,
         kif=step.kif,
-        only_units=None if step.only_units is None else read_units(step.only_units),
+        only_units=None if step.only_units is None else read_units(opened(step.only_units)),
     )
 
 

@@ -7,6 +7,7 @@ template over the table's own columns: ``{"text": "{title}\\n{content}", "label"
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 import re
@@ -17,6 +18,9 @@ from typing import Any
 
 from kifmerge.checkpoint.atomic import write_text
 from kifmerge.errors import MOST_PROBLEMS_SHOWN, DataError, TryAgainError, problem_list
+from kifmerge.hub.client import Say, hub_api, is_offline, patiently, silent
+from kifmerge.hub.download import cached_path
+from kifmerge.hub.reference import Reference
 
 FORMS = (
     ("instruction", "output"),  # with or without "input"
@@ -94,6 +98,48 @@ def read_examples(source: str, options: DataOptions) -> list[Example]:
     if problems:
         raise DataError(problem_list(f"cannot use the rows of {source}", problems))
     return examples
+
+
+def pinned_source(source: str, say: Say = silent) -> str:
+    """A source on the Hub at the commit that it names now; a file as it is.
+
+    Offline, what the cache knows of the repository decides; if it knows nothing, the source stays.
+
+    Raises:
+        DataError: no such form of a source.
+        CheckpointError: no such repository or revision, or no access.
+        TryAgainError: network or server failed.
+    """
+    if not source.startswith("hf://"):
+        return source
+    found = _hub_arguments(source)
+    reference = Reference(repo_id=found["path"], kind="dataset", revision=found["revision"])
+    commit = reference.revision if reference.is_pinned else _commit(reference, say)
+    if commit is None:
+        return source
+    config = "" if found["name"] is None else f"/{found['name']}"
+    return f"{reference.pinned(commit)}{config}:{found['split']}"
+
+
+def _commit(reference: Reference, say: Say) -> str | None:
+    """The commit that a dataset's repository is at; None if that is unknown, offline."""
+    # The datasets library brings the card of whatever it loads into the cache.
+    card = cached_path(reference, "README.md")
+    cached = None if card is None else card.parent.name
+    if is_offline():
+        return cached
+    try:
+        return patiently(functools.partial(_ask_commit, reference), f"looking up {reference}", say)
+    except TryAgainError as error:
+        if cached is None:
+            raise
+        say(f"{error}: taking what the cache holds, {cached}")
+        return cached
+
+
+def _ask_commit(reference: Reference) -> str | None:
+    repo_id, revision = reference.repo_id, reference.revision
+    return hub_api().repo_info(repo_id, repo_type=reference.kind, revision=revision).sha
 
 
 def write_examples(path: Path, examples: Iterable[Example]) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from kifmerge.checkpoint.journal import Journal, refuse_full_disk
+from kifmerge.checkpoint.destination import Work
 from kifmerge.checkpoint.sink import FileRecord, FolderSink, Layout
 from kifmerge.checkpoint.workers import Workers
 from kifmerge.phases.fuse import OnProgress, Overlap, fuse
@@ -20,20 +20,20 @@ def fuse_files(
     inputs: OpenInputs,
     layout: Layout,
     rule: FusionOptions,
-    journal: Journal,
+    work: Work,
     workers: Workers,
     *,
     unscored: Unscored | None,
     most_bytes: int,
     on_progress: OnProgress,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Make all files that the journal does not hold yet, and the index.
+    """Make all files that are not finished yet, and the index.
 
     Args:
         inputs: what is read.
         layout: of the output.
         rule: with its options.
-        journal: where the files go.
+        work: where the files go.
         workers: share the work.
         unscored: what becomes of tensors without scores that differ.
         most_bytes: of a piece.
@@ -46,17 +46,15 @@ def fuse_files(
         CheckpointError: NaN or infinity, or tensors without scores that differ.
         TryAgainError: the disk has no room.
     """
-    left = {name: infos for name, infos in layout.items() if name not in journal.finished}
-    refuse_full_disk(
-        journal.directory, sum(info.nbytes for infos in left.values() for _, info in infos)
-    )
-    finished = _take_over(journal, inputs)
+    left = {name: infos for name, infos in layout.items() if name not in work.finished}
+    work.refuse_full_disk([sum(info.nbytes for _, info in infos) for infos in left.values()])
+    finished = _take_over(work, inputs)
     scored = inputs.scored_names()
     is_scored = frozenset(scored)
     others = [name for name in inputs.like.source.names() if name not in is_scored]
     copies = UnscoredTensors(others, inputs.weights, unscored, workers)
     evidence = inputs.evidence(scored, workers)
-    sink = FolderSink(journal.directory, inputs.like.source.stem, layout, finished=finished)
+    sink = FolderSink(work.directory, inputs.like.source.stem, layout, finished=finished)
 
     def fuse_file(names: Sequence[str]) -> Overlap:
         overlap = Overlap()
@@ -78,13 +76,13 @@ def fuse_files(
         for file_name, infos in left.items():
             names = [name for name, _ in infos]
             overlap = fuse_file(names)
-            noted.append(disk.submit(_finish, file_name, names, overlap, inputs, sink, journal))
-            for done in filter(Future.done, noted):
+            noted.append(disk.submit(_finish, file_name, names, overlap, inputs, sink, work))
+            for done in noted if work.holds_one else filter(Future.done, noted):
                 done.result()
         for pending in noted:
             pending.result()
     sink.commit()
-    total = sum((_recorded_overlap(record) for record in journal.finished.values()), Overlap())
+    total = sum((_recorded_overlap(record) for record in work.finished.values()), Overlap())
     figures = {
         "num_tensors": len(scored) + len(others),
         "num_parameters": sum(inputs.like.source.info(name).numel for name in scored),
@@ -100,14 +98,14 @@ def fuse_files(
     return figures, records
 
 
-def _take_over(journal: Journal, inputs: OpenInputs) -> list[FileRecord]:
+def _take_over(work: Work, inputs: OpenInputs) -> list[FileRecord]:
     """The files that an interrupted merge has finished, and what it knew of their inputs."""
-    for record in journal.finished.values():
+    for record in work.finished.values():
         for role, digests in record["digests"].items():
             inputs.sources[role].digests.know(digests)
     return [
         FileRecord(name, record["num_bytes"], record["sha256"])
-        for name, record in journal.finished.items()
+        for name, record in work.finished.items()
     ]
 
 
@@ -117,11 +115,11 @@ def _finish(
     overlap: Overlap,
     inputs: OpenInputs,
     sink: FolderSink,
-    journal: Journal,
+    work: Work,
 ) -> None:
     """Bring a file to the disk, and note it with all that need not be read again for it."""
     digests = {role: source.digests.finished(names) for role, source in inputs.sources.items()}
-    journal.note(
+    work.note(
         {
             **sink.finish(file_name).as_dict(),
             "overlap": {"counts": overlap.counts, "num_marked": overlap.num_marked},
@@ -130,5 +128,5 @@ def _finish(
     )
 
 
-def _recorded_overlap(record: dict[str, Any]) -> Overlap:
+def _recorded_overlap(record: Mapping[str, Any]) -> Overlap:
     return Overlap(record["overlap"]["counts"], record["overlap"]["num_marked"])

@@ -16,8 +16,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from kifmerge.checkpoint.folder import is_folder
 from kifmerge.checkpoint.snapshot import write_snapshot
-from kifmerge.checkpoint.source import Source
+from kifmerge.checkpoint.source import FolderSource, Source, open_source
 from kifmerge.errors import (
     MOST_PROBLEMS_SHOWN,
     CheckpointError,
@@ -27,12 +28,14 @@ from kifmerge.errors import (
     check_choices,
     problem_list,
 )
+from kifmerge.hub.client import Say, silent
 from kifmerge.phases.data import Example, labels_met
 from kifmerge.phases.encode import Features, collator, training_features
 from kifmerge.phases.importance import trained_parameters
 from kifmerge.phases.intake import GradientIntake, take_in
 from kifmerge.phases.model import LoadedModel, ModelOptions, known_labels
-from kifmerge.phases.opening import open_model
+from kifmerge.phases.opening import bring, open_model
+from kifmerge.phases.origin import opened
 from kifmerge.phases.saved_names import SavedGroup, SavedTensors, chosen, saved_groups, shards
 from kifmerge.phases.train import TrainingOptions, training_device
 from kifmerge.tensor.importance import (
@@ -105,20 +108,23 @@ class Measurement:
 
 
 def open_at_rest(
-    options: ModelOptions, adapter: str | None, training: TrainingOptions
+    options: ModelOptions, adapter: str | None, training: TrainingOptions, say: Say = silent
 ) -> LoadedModel:
     """Open a model to look at it or to let it answer: nothing of it is made afresh.
 
     Args:
         options: with a reference.
-        adapter: folder of its adapter.
+        adapter: its adapter, in a folder or on the Hub.
         training: says on which device.
+        say: told what is fetched.
 
     Raises:
         CheckpointError: it cannot be loaded, or is to be a classifier and has no head.
+        TryAgainError: network or server failed, or what came is damaged.
     """
+    bring(options, adapter, say)
     kept_in = adapter or str(options.reference)
-    if options.kind == "classifier" and not known_labels(Path(kept_in)):
+    if options.kind == "classifier" and not known_labels(opened(kept_in)):
         raise CheckpointError(
             f"{kept_in} is no classifier whose labels are known: expected a kifmerge.json, or a "
             "config.json of a ...ForSequenceClassification, that names them"
@@ -126,6 +132,16 @@ def open_at_rest(
     loaded = open_model(options, adapter)
     loaded.model.to(training_device(training))  # type: ignore[arg-type]
     return loaded
+
+
+def checkpoint_files(options: ModelOptions, adapter: str | None) -> FolderSource | None:
+    """The files of a model that was opened, or of its adapter; None of a bare name's.
+
+    Raises:
+        CheckpointError: damaged, or quantised.
+    """
+    folder = opened(adapter or str(options.reference))
+    return open_source(folder) if is_folder(folder) else None
 
 
 def measure_importance(

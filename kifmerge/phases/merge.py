@@ -16,15 +16,12 @@ from typing import Any, Literal
 
 from kifmerge.checkpoint.atomic import write_text
 from kifmerge.checkpoint.companions import copy_companions, tell_dtype
+from kifmerge.checkpoint.destination import Destination, LocalDestination
 from kifmerge.checkpoint.header import DTYPES
-from kifmerge.checkpoint.journal import refuse_occupied, remove_finished, resumable_folder
 from kifmerge.checkpoint.pieces import CPU_PIECE_BYTES
 from kifmerge.checkpoint.provenance import (
     PROVENANCE_FILE,
-    is_made,
     made_by,
-    read_provenance,
-    refuse_inputs_inside,
     write_provenance,
 )
 from kifmerge.checkpoint.sink import Layout, layout_of, new_layout, with_dtype
@@ -278,7 +275,7 @@ class Merge:
 
     def run(
         self,
-        out_dir: Path,
+        out: Path | Destination,
         *,
         overwrite: bool = False,
         resume: bool = False,
@@ -288,9 +285,9 @@ class Merge:
         """Make the merged checkpoint.
 
         Args:
-            out_dir: becomes a checkpoint like the base: its files, configuration and tokenizer.
-            overwrite: what the folder holds may go, once the merge is whole.
-            resume: go on from the files that an interrupted merge has finished.
+            out: becomes a checkpoint like the base: its files, configuration and tokenizer.
+            overwrite: what a folder on this disk holds may go, once the merge is whole.
+            resume: go on there from the files that an interrupted merge has finished.
             expected: content of a ``kifmerge.json`` that this merge is to make again.
             on_progress: told the number of parameters fused after each piece.
 
@@ -301,30 +298,27 @@ class Merge:
             RunError: the folder holds something else, or an input, or is being made elsewhere.
             CheckpointError: NaN or infinity, tensors without scores that differ, or inputs that
                 are not those expected.
-            TryAgainError: the disk has no room.
+            TryAgainError: the disk has no room, or network or server failed.
         """
-        refuse_inputs_inside(out_dir, self.inputs.parents.values())
-        occupied = out_dir.is_dir() and any(out_dir.iterdir())
-        # Asked only of a folder that holds something: the answer takes all digests.
-        if occupied and is_made(
-            out_dir, PROVENANCE_FILE, self.made_by(self._open.known_digests()), overwrite=overwrite
-        ):
-            remove_finished(out_dir)
-            return read_provenance(out_dir)["merge"], False
-        refuse_occupied(out_dir, overwrite=overwrite)
-        work = {
+        if isinstance(out, Path):
+            out = LocalDestination(path=out, resume=resume, overwrite=overwrite)
+        out.refuse_inputs(self.inputs.parents.values())
+        made = out.find_made(PROVENANCE_FILE, lambda: self.made_by(self._open.known_digests()))
+        if made is not None:
+            return made["merge"], False
+        description = {
             "command": "merge",
             "options": self._recorded_options(),
             "inputs": self._open.states(),
             "kifmerge": importlib.metadata.version("kifmerge"),
         }
-        with resumable_folder(out_dir, work, resume=resume, overwrite=overwrite) as journal:
+        with out.begin(description) as work:
             with worker_pool(self._num_workers) as workers:
                 figures, records = fuse_files(
                     self._open,
                     self._layout,
                     self.rule,
-                    journal,
+                    work,
                     workers,
                     unscored=self.options.unscored,
                     most_bytes=self._piece_bytes,
@@ -343,11 +337,11 @@ class Merge:
                 "kifmerge": importlib.metadata.version("kifmerge"),
             }
             refuse_unexpected(provenance, expected)
-            copy_companions(self.inputs.config_from or self._open.like.directory, journal.directory)
+            copy_companions(self.inputs.config_from or self._open.like.directory, work.directory)
             if self.options.dtype is not None:
-                tell_dtype(journal.directory / "config.json", self.options.dtype)
-            write_text(journal.directory / "README.md", self._card(wanted, figures))
-            write_provenance(journal.directory, provenance)
+                tell_dtype(work.directory / "config.json", self.options.dtype)
+            write_text(work.directory / "README.md", self._card(wanted, figures))
+            write_provenance(work.directory, provenance)
         return figures, True
 
     def _card(self, wanted: Mapping[str, Any], figures: Mapping[str, Any]) -> str:

@@ -27,10 +27,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from kifmerge.checkpoint.atomic import write_json
 from kifmerge.checkpoint.folder import Folder
 from kifmerge.checkpoint.provenance import read_details, read_provenance, write_provenance
-from kifmerge.checkpoint.source import ADAPTER_CONFIG
 from kifmerge.errors import CheckpointError, check_at_least
 from kifmerge.phases.classifier import (
     HEAD_NAME,
@@ -38,7 +36,8 @@ from kifmerge.phases.classifier import (
     MeanPooledClassifierConfig,
     grow_head,
 )
-from kifmerge.phases.origin import local_copy, on_hub, opened, pinned
+from kifmerge.phases.naming import based, name_base, named
+from kifmerge.phases.origin import local_copy, opened, pinned
 from kifmerge.phases.tokenizer import TokenizerOptions
 from kifmerge.phases.tokens import has_tokenizer
 
@@ -134,7 +133,7 @@ class LoadedModel:
     def save(self, directory: Path, made_by: Mapping[str, Any] | None = None) -> None:
         """Write the model (or its adapter), tokenizer and ``kifmerge.json``."""
         self.model.save_pretrained(directory)
-        _name_base(directory, self.options)
+        name_base(directory, self.options.reference)
         self.tokenizer.save_pretrained(directory)
         write_provenance(
             directory,
@@ -270,7 +269,7 @@ def _load_base(
             encoder=encoder.config.to_dict(), normalised=options.pooling == "normalised-mean"
         )
         _set_labels(pooled, labels)
-        return _named(MeanPooledClassifier(pooled, encoder), reference)
+        return named(MeanPooledClassifier(pooled, encoder), reference)
     if options.kind == "classifier":
         _set_labels(config, labels)
     model: PreTrainedModel = AUTO_CLASSES[options.kind].from_pretrained(
@@ -282,15 +281,7 @@ def _load_base(
         # A published head for other labels is of no use here: it starts anew.
         ignore_mismatched_sizes=options.kind == "classifier" and not has_head,
     )
-    return _named(model, reference)
-
-
-def _named(model: PreTrainedModel, reference: Path | str) -> PreTrainedModel:
-    """Have a model from the Hub carry the name of its repository, which model cards take over."""
-    on_the_hub = on_hub(reference)
-    if on_the_hub is not None:
-        model.name_or_path = model.config.name_or_path = on_the_hub.repo_id
-    return model
+    return named(model, reference)
 
 
 def set_dropout(config: Any, dropout: float) -> None:
@@ -311,14 +302,15 @@ def _adapted(
 ) -> PreTrainedModel:
     from peft import LoraConfig, PeftModel, get_peft_model
 
-    lora = options.lora
+    lora, reference = options.lora, options.reference
     assert lora is not None
+    assert reference is not None
     if checkpoint is not None:
         with loading(str(checkpoint)):
             trained: PreTrainedModel = PeftModel.from_pretrained(
                 model, local_copy(checkpoint), is_trainable=True
             )
-            return _based(trained, options)
+            return based(trained, reference)
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
@@ -331,32 +323,10 @@ def _adapted(
         adapted: PreTrainedModel = get_peft_model(model, config)
     except ValueError as error:
         raise CheckpointError(
-            f"LoRA targets {lora.targets!r} match no module of {options.reference}. "
+            f"LoRA targets {lora.targets!r} match no module of {reference}. "
             f"Linear modules are named: {', '.join(_linear_names(model))}"
         ) from error
-    return _based(adapted, options)
-
-
-def _based(model: PreTrainedModel, options: ModelOptions) -> PreTrainedModel:
-    """Tell PEFT where the base is on this disk: whenever it saves, it looks at its configuration.
-
-    With the name of a repository it would ask the network, and for another commit.
-    """
-    assert options.reference is not None
-    on_the_hub = on_hub(options.reference)
-    for config in model.peft_config.values():
-        if on_the_hub is not None or config.base_model_name_or_path:
-            config.base_model_name_or_path = local_copy(options.reference)
-            config.revision = on_the_hub.revision if on_the_hub is not None else None
-    return model
-
-
-def _name_base(directory: Path, options: ModelOptions) -> None:
-    """Name a base on the Hub in an adapter's configuration, instead of where the cache keeps it."""
-    on_the_hub, path = on_hub(options.reference), directory / ADAPTER_CONFIG
-    if on_the_hub is not None and path.exists():
-        named = {"base_model_name_or_path": on_the_hub.repo_id, "revision": on_the_hub.revision}
-        write_json(path, {**read_details(path), **named})
+    return based(adapted, reference)
 
 
 def _head_names(model: PreTrainedModel) -> list[str]:

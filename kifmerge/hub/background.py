@@ -1,0 +1,84 @@
+"""Threads that wait on the network, and on which nobody must wait: a process ends without them."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import functools
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+_NUM_THREADS = 6
+_GLANCE_SECONDS = 0.05
+
+Result = TypeVar("Result")
+
+_tasks: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+_waiting = threading.local()
+
+
+def in_background(call: Callable[[], Result]) -> Future[Result]:
+    """Call in one of a few threads, in turn: for what takes seconds."""
+    _start_threads()
+    future: Future[Result] = Future()
+    _tasks.put(functools.partial(_fulfil, future, call))
+    return future
+
+
+def in_own_thread(call: Callable[[], Result]) -> Future[Result]:
+    """Call in a thread of its own: for what takes minutes."""
+    future: Future[Result] = Future()
+    _start_thread(functools.partial(_fulfil, future, call))
+    return future
+
+
+@contextlib.contextmanager
+def abandoning(event: threading.Event) -> Iterator[None]:
+    """Let this thread's waits end when an event is set: nobody wants their results any more."""
+    before = getattr(_waiting, "event", None)
+    _waiting.event = event
+    try:
+        yield
+    finally:
+        _waiting.event = before
+
+
+def result_of(future: Future[Result]) -> Result:
+    """Wait for the result of a call in the background; raises what it has raised.
+
+    Raises:
+        InterruptedError: the wait was abandoned.
+    """
+    event: threading.Event | None = getattr(_waiting, "event", None)
+    while event is not None and not future.done():
+        if event.is_set():
+            raise InterruptedError("the work was ended")
+        concurrent.futures.wait([future], _GLANCE_SECONDS)
+    return future.result()
+
+
+@functools.cache
+def _start_threads() -> None:
+    for _ in range(_NUM_THREADS):
+        _start_thread(_work)
+
+
+def _start_thread(call: Callable[[], Any]) -> None:
+    threading.Thread(target=call, name="kifmerge-hub", daemon=True).start()
+
+
+def _work() -> None:
+    while True:
+        _tasks.get()()
+
+
+def _fulfil(future: Future[Result], call: Callable[[], Result]) -> None:
+    try:
+        result = call()
+    except BaseException as error:  # noqa: BLE001 - raised again where the result is asked for
+        future.set_exception(error)
+    else:
+        future.set_result(result)
