@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kifmerge.checkpoint.header import TensorInfo
+from kifmerge.checkpoint.pieces import Piece, Range
 from kifmerge.checkpoint.source import Source
 from kifmerge.errors import CheckpointError
 from kifmerge.tensor.importance import all_finite
@@ -35,11 +36,7 @@ class FiniteSource:
         """
         values = self._source.read(name, start, stop)
         if values.dtype.is_floating_point and not all_finite([_summable(values)]):
-            strange = values.float().isfinite().logical_not().nonzero()[0].item()
-            raise CheckpointError(
-                f"{self.where(name)}: {name}: element {start + int(strange)} is "
-                f"{float(values[int(strange)])}: a merge would carry it on"
-            )
+            raise nonfinite_error(self, [Range(name, start, stop)], values)
         return values
 
     def where(self, name: str) -> str:
@@ -76,6 +73,20 @@ class ZeroSource:
     def fingerprint(self) -> str:
         """Of no file."""
         return "zero"
+
+
+def nonfinite_error(source: Source, piece: Piece, values: Tensor) -> CheckpointError:
+    """An error that names the first element of a piece that is not finite; there must be one."""
+    first = int(values.float().isfinite().logical_not().nonzero()[0])
+    before = 0
+    for part in piece:
+        if first < before + part.stop - part.start:
+            break
+        before += part.stop - part.start
+    return CheckpointError(
+        f"{source.where(part.name)}: {part.name}: element {part.start + first - before} is "
+        f"{float(values[first])}: a merge would carry it on"
+    )
 
 
 def _summable(values: Tensor) -> Tensor:

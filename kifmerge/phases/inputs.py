@@ -137,6 +137,7 @@ class OpenInputs:
         inputs: the folders.
         like: the checkpoint whose files, and unless told otherwise whose configuration, the output
             is like: the base, or the first model where there is none of its kind.
+        evidence_sources: role -> folder and source of what is known of importance.
         weights: base and models, to be read.
         historical_parent: of the two-sided form, what was found; else None.
 
@@ -165,11 +166,13 @@ class OpenInputs:
         starts_at_zero = first.is_adapter and self._base is not None and not self._base.is_adapter
         self.like = first if self._base is None or starts_at_zero else self._base
         self._check_models(starts_at_zero, space, allowed)
-        self._check_config_from()
+        self._check_config_from(allowed)
         self._scores: dict[str, Scores] = {r: open_scores(p) for r, p in inputs.importance.items()}
         self._masks: dict[str, MaskSource] = {r: MaskSource(p) for r, p in inputs.masks.items()}
         self._units: dict[str, Units] = {r: read_units(p) for r, p in inputs.units.items()}
-        self._check_evidence()
+        self.evidence_sources = self._find_evidence()
+        if self.evidence_sources:
+            refuse_other_evidence(self.like.source, self.evidence_sources)
         self.historical_parent = self._find_parent(historical_parent)
         base: Source | None = None if self._base is None else self._base.source
         self.weights = Weights(
@@ -196,23 +199,17 @@ class OpenInputs:
             compared = [self._base, *models]
         if len(compared) > 1:
             check_meaning(compared, allowed)
-        if self.inputs.config_from is not None:
-            check_config(self.like, self.inputs.config_from, allowed)
 
-    def _check_config_from(self) -> None:
-        directory = self.inputs.config_from
+    def _check_config_from(self, allowed: Collection[Difference]) -> None:
+        folder = self.inputs.config_from
+        if folder is None:
+            return
+        check_config(self.like, folder, allowed)
         name = ADAPTER_CONFIG if self.like.is_adapter else "config.json"
-        if directory is not None and not has_file(directory, name):
-            raise CheckpointError(f"{directory} holds no {name}, which the output is to get")
+        if not has_file(folder, name):
+            raise CheckpointError(f"{folder} holds no {name}, which the output is to get")
 
-    def _check_evidence(self) -> None:
-        given = self.evidence_sources
-        if given:
-            refuse_other_evidence(self.like.source, given)
-
-    @property
-    def evidence_sources(self) -> dict[str, tuple[Folder, Source]]:
-        """Role -> folder and source of what is known of importance."""
+    def _find_evidence(self) -> dict[str, tuple[Folder, Source]]:
         like = self.like.source
         inputs = self.inputs
         return {
@@ -316,6 +313,14 @@ class OpenInputs:
         known |= {f"{role}_importance": scores for role, scores in self._scores.items()}
         known |= {f"{role}_mask": mask for role, mask in self._masks.items()}
         return known
+
+    @property
+    def unchecked_files(self) -> list[str]:
+        """Files on the Hub that were streamed in an order in which no hash could be taken."""
+        folders = {
+            folder for folder in self.inputs.parents.values() if isinstance(folder, HubFolder)
+        }
+        return sorted(f"{folder}/{name}" for folder in folders for name in folder.unchecked)
 
     def states(self) -> dict[str, Any]:
         """Role -> reference, and names, sizes and times of its files: what a resumed work needs."""

@@ -9,6 +9,7 @@ bit for bit.
 from __future__ import annotations
 
 import importlib.metadata
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -323,6 +324,13 @@ class Merge:
                     unscored=self.options.unscored,
                     most_bytes=self._piece_bytes,
                     on_progress=on_progress,
+                )
+            unchecked = self._open.unchecked_files
+            if unchecked:
+                warnings.warn(
+                    f"streamed in another order than they are stored in, and so not compared with "
+                    f"their hashes: {', '.join(unchecked)}; --fetch download compares them",
+                    stacklevel=2,
                 )
             figures = {
                 "rule": self.rule.rule,

@@ -85,14 +85,11 @@ class RecurrentOptions:
         """Refuse choices that do not exist and numbers out of range."""
         check_choices(self)
         check_at_least(self, inner_steps=1, outer_steps=1, outer_batch_size=1)
-        if len(self.shared_weights) != 2:
-            raise ValueError(f"shared_weights must be two numbers, found {self.shared_weights}")
-        if not 0.0 <= self.important_fraction <= 1.0:
-            raise ValueError(
-                f"important_fraction must lie in [0, 1], found {self.important_fraction}"
-            )
-        if self.temperature <= 0.0:
-            raise ValueError(f"temperature must be positive, found {self.temperature}")
+        FusionOptions(
+            important_fraction=self.important_fraction,
+            shared_weights=self.shared_weights,
+            temperature=self.temperature,
+        )
         self.importance("new"), self.importance("historical")
 
     @property
@@ -164,18 +161,7 @@ class KifOptions:
         )  # fmt: skip
         if self.new_weight + self.cumulative_weight == 0.0:
             raise ValueError("new_weight and cumulative_weight: expected one of them above 0")
-        # They weigh weights, not updates: any other sum than 1 would scale the model.
-        if [len(self.shared_weights), round(sum(self.shared_weights), 6)] != [2, 1.0]:
-            raise ValueError(
-                f"shared_weights must be two numbers that add up to 1, found {self.shared_weights}"
-            )
-        if not 0.0 <= self.important_fraction <= 1.0:
-            raise ValueError(
-                f"important_fraction must lie in [0, 1], found {self.important_fraction}"
-            )
-        if self.temperature <= 0.0:
-            raise ValueError(f"temperature must be positive, found {self.temperature}")
-        _ = self.importance
+        _ = self.fusion("kif"), self.importance
 
     def fusion(self, rule: Literal["kif", "kif-adaptive"]) -> FusionOptions:
         """A rule with its own options, as the engine takes them."""

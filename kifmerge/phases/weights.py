@@ -14,6 +14,8 @@ from kifmerge.checkpoint.header import TensorInfo
 from kifmerge.checkpoint.pieces import Piece, Range, read_piece
 from kifmerge.checkpoint.source import Source
 from kifmerge.errors import CheckpointError
+from kifmerge.phases.checked import nonfinite_error
+from kifmerge.tensor.importance import all_finite
 
 Nonfinite = Literal["refuse", "keep"]
 
@@ -47,8 +49,9 @@ class Weights:
             CheckpointError: NaN or infinity.
         """
         values = read_piece(source.read, piece).float()
-        if self.nonfinite == "refuse" and not _all_finite(values):
-            raise _nonfinite_error(source, piece, values)
+        if self.nonfinite == "refuse" and not all_finite([values]):
+            error = nonfinite_error(source, piece, values)
+            raise CheckpointError(f"{error}. Mend the checkpoint, or --nonfinite keep")
         return values
 
     def parent(self, index: int) -> Source:
@@ -104,21 +107,3 @@ class VectorSizes:
     def fingerprint(self) -> str:
         """Of both ends."""
         return f"{self._model.fingerprint()} - {self._parent.fingerprint()}"
-
-
-def _all_finite(values: Tensor) -> bool:
-    # A sum is finite only if every term is; one that is not may also have overflowed.
-    return bool(values.sum().isfinite()) or bool(values.isfinite().all())
-
-
-def _nonfinite_error(source: Source, piece: Piece, values: Tensor) -> CheckpointError:
-    first = int(values.isfinite().logical_not().nonzero()[0])
-    value, before = float(values[first]), 0
-    for part in piece:
-        if first < before + part.stop - part.start:
-            break
-        before += part.stop - part.start
-    return CheckpointError(
-        f"{source.where(part.name)}: {part.name}: element {part.start + first - before} is "
-        f"{value}: a merge would carry it on. Mend the checkpoint, or --nonfinite keep"
-    )

@@ -6,10 +6,12 @@ and import no torch: Linux counts the memory of the one that starts a process in
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import shutil
+import stat
 import statistics
 import struct
 import subprocess
@@ -17,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ class Cost:
         cpu: user and system seconds, of the flush to the disk too.
         peak_rss: bytes, mapped files included.
         peak_anon: bytes of memory of its own, the largest of 20 samples a second.
+        peak_disk: bytes of the folders watched, the largest of 20 samples a second.
         read_bytes: what it asked the system to read; mapped files are not counted.
         load: processes that wanted a core in the last minute, when it began.
     """
@@ -43,6 +46,7 @@ class Cost:
     cpu: float
     peak_rss: int
     peak_anon: int
+    peak_disk: int
     read_bytes: int
     load: float
 
@@ -57,6 +61,8 @@ class Job:
         out: folder that it makes, removed before and after; None if it makes none.
         inputs: folders that it reads, brought into the page cache first.
         weight_bytes: of tensors that ``out`` must hold in the end.
+        environment: further variables.
+        watched: folders whose size is looked at.
     """
 
     name: str
@@ -64,6 +70,8 @@ class Job:
     out: Path | None = None
     inputs: Sequence[Path] = ()
     weight_bytes: int | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+    watched: Sequence[Path] = ()
 
 
 def measure(job: Job, log_path: Path) -> Cost:
@@ -79,12 +87,13 @@ def measure(job: Job, log_path: Path) -> Cost:
     os.sync()
     load = os.getloadavg()[0]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment |= job.environment
     with log_path.open("wb") as log:
         started = time.perf_counter()
         process = subprocess.Popen(
             [str(word) for word in job.command], stdout=log, stderr=log, env=environment
         )
-        sampler = _Sampler(process.pid)
+        sampler = _Sampler(process.pid, job.watched)
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # its counters stay to be read
         sampler.stop()
         _, status, usage = os.wait4(process.pid, 0)
@@ -107,6 +116,7 @@ def measure(job: Job, log_path: Path) -> Cost:
         cpu=usage.ru_utime + usage.ru_stime + flush_seconds,
         peak_rss=usage.ru_maxrss * 1024,
         peak_anon=sampler.peak_anon,
+        peak_disk=sampler.peak_disk,
         read_bytes=sampler.read_bytes,
         load=load,
     )
@@ -133,8 +143,10 @@ def measure_in_turn(jobs: Sequence[Job], repeats: int, work: Path) -> dict[str, 
 class _Sampler:
     """Looks at a process, without descendants, until stopped."""
 
-    def __init__(self, process_id: int) -> None:
+    def __init__(self, process_id: int, watched: Sequence[Path]) -> None:
         self.peak_anon = 0
+        self.peak_disk = 0
+        self._watched = watched
         self.read_bytes = 0
         self._folder = Path(f"/proc/{process_id}")
         self._stopped = threading.Event()
@@ -152,6 +164,17 @@ class _Sampler:
             status = _fields((self._folder / "status").read_text())
             # One that has ended has no memory any more, and does not say so.
             self.peak_anon = max(self.peak_anon, 1024 * int(status.get("RssAnon", "0").split()[0]))
+            self.peak_disk = max(self.peak_disk, sum(map(_disk_bytes, self._watched)))
+
+
+def _disk_bytes(folder: Path) -> int:
+    """Of a folder whose files come and go."""
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            status = path.lstat()
+            total += status.st_blocks * 512 if stat.S_ISREG(status.st_mode) else 0
+    return total
 
 
 def _fields(text: str) -> dict[str, str]:
@@ -210,8 +233,8 @@ def machine() -> dict[str, Any]:
 
 def medians(costs: Sequence[Cost]) -> dict[str, float]:
     return {
-        field: statistics.median(getattr(cost, field) for cost in costs)
-        for field in Cost.__dataclass_fields__
+        name: statistics.median(getattr(cost, name) for cost in costs)
+        for name in Cost.__dataclass_fields__
     }
 
 

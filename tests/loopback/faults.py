@@ -126,7 +126,8 @@ class Faults:
         return self._take(row, acts, 0, 0)
 
     def of_range(self, row: Row) -> Fault | None:
-        return self._take(row, RANGES, 0, 0) if row.range is not None else None
+        """Return the fault of a part that was asked for."""
+        return self._take(row, RANGES, 0, 0)
 
     def of_body(self, row: Row, start: int, stop: int) -> Fault | None:
         """Return the fault of a body that is bytes [start, stop) of a file, or of an answer."""

@@ -114,8 +114,7 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.hub.log.add(row)
             answer = self._answer(request, action)
-        for _ in request.blocks():
-            pass
+        request.drain()
         self.close_connection = self.close_connection or not request.is_drained
         self._send(request, answer)
 
@@ -128,6 +127,7 @@ class Handler(BaseHTTPRequestHandler):
         if fault.after_act:
             self._act(request, action)
         if fault.reset:
+            request.drain()  # else the other side might fail in sending, and see no reset
             raise Reset
         if fault.expire:
             return expired()

@@ -82,6 +82,11 @@ class Request:
     def read(self) -> bytes:
         return b"".join(self.blocks())
 
+    def drain(self) -> None:
+        """Read what nobody has begun to read, and drop it."""
+        for _ in self.blocks():
+            pass
+
     def json(self) -> Any:
         try:
             return json.loads(self.read())
