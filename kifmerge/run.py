@@ -26,7 +26,6 @@ from kifmerge.checkpoint.atomic import whole_file, write_json, write_text
 from kifmerge.checkpoint.provenance import read_details
 from kifmerge.errors import RunError, problem_list
 from kifmerge.hub.client import Say, silent
-from kifmerge.phases.data import pinned_source
 from kifmerge.phases.evaluate import read_predictions, score_predictions
 from kifmerge.phases.methods import METHODS
 from kifmerge.phases.opening import bring
@@ -40,6 +39,7 @@ from kifmerge.phases.sequence import (
     prediction_path,
     stage_folders,
 )
+from kifmerge.phases.tables import pinned_source
 from kifmerge.phases.tasks import Task, check_rows
 from kifmerge.phases.train import refuse_process_group
 from kifmerge.recipe import Recipe, parse_recipe, read_content

@@ -21,7 +21,7 @@ from kifmerge.cli import app
 COMMAND = Path(sys.executable).with_name("kifmerge")
 COMMANDS = (
     "demo", "run", "report", "train", "replay", "importance", "memory", "group", "prune",
-    "merge", "evaluate", "inspect", "diff", "verify",
+    "merge", "evaluate", "inspect", "diff", "verify", "pull", "push",
 )  # fmt: skip
 HEAVY = ("torch", "transformers", "pydantic", "numpy", "safetensors", "rich.progress", "yaml")
 

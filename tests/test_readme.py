@@ -9,12 +9,26 @@ from pathlib import Path
 
 import folders
 import pytest
+import synthetic
 import typer.testing
 
 from kifmerge.cli import app
+from kifmerge.phases.model import ModelOptions
+from kifmerge.phases.scratch import make_base
+from kifmerge.phases.tokenizer import TokenizerOptions
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+HUB_MODEL = ModelOptions(
+    kind="causal-lm",
+    config={
+        "model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "max_position_embeddings": 64,
+    },
+    tokenizer=TokenizerOptions(kind="bytes", vocabulary_size=280),
+)  # fmt: skip
 
 
 def blocks(language):
@@ -71,6 +85,31 @@ def test_phases_of_the_readme_run(tmp_path, monkeypatch):
     assert 0 < scores["mean"]["score"] <= 1
     fused, inner = (Path("try/round-1", n, "model.safetensors") for n in ("fused", "inner"))
     assert fused.read_bytes() != inner.read_bytes()
+
+
+@pytest.mark.slow
+def test_hub_commands_of_the_readme_run(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hub").mkdir()
+    for seed, name in enumerate(["base", "animals", "kitchen"]):
+        make_base(HUB_MODEL, ["the fox runs", "a pan of soup"], tmp_path / name, seed=seed)
+        hub.add_repo(f"org/{name}", tmp_path / name)
+        row = {"instruction": "What is it?", "output": name}
+        synthetic.write_rows(tmp_path / f"hub/{name}.jsonl", [row] * 8)
+    hub.add_repo("org/animals", tmp_path / "animals", branch="v2")
+    (block,) = [b for b in blocks("bash") if " hub/" in b]
+    for line in block.splitlines():
+        result = typer.testing.CliRunner().invoke(app, shlex.split(line)[1:])
+        assert result.exit_code == 0, f"{line}\n{result.output}"
+    assert hub.is_private("me/fused")
+    assert "me/linear" in result.stdout
+    assert not hub.has_repo("me/linear")
+    for path in hub.paths("me/fused"):
+        if path != ".gitattributes":
+            assert Path("hub/fused", path).read_bytes() == hub.read("me/fused", path)
+    assert folders.load(Path("hub/fused-again")).keys() == folders.load(Path("base")).keys()
+    weights = [Path("hub", name, "model.safetensors") for name in ("fused", "fused-again")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
 def test_every_command_is_in_the_readme():

@@ -9,81 +9,50 @@ from its branch, on any machine.
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import fnmatch
+import functools
 import json
 import re
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import RevisionNotFoundError
-
+from kifmerge.checkpoint import mask, snapshot, units
+from kifmerge.checkpoint.atomic import disk_errors
 from kifmerge.checkpoint.digest import stem_of
 from kifmerge.checkpoint.folder import Folder
-from kifmerge.checkpoint.journal import parse_journal, refuse_full_disk, spoils_work
-from kifmerge.checkpoint.provenance import is_same, read_details
+from kifmerge.checkpoint.provenance import is_same
+from kifmerge.checkpoint.source import ADAPTER_CONFIG
+from kifmerge.checkpoint.work_branch import (
+    RepositoryWork,
+    is_there,
+    noted_at,
+    read_small,
+    temporary_folder,
+    try_to_delete,
+    work_branch,
+    work_branches,
+)
 from kifmerge.errors import KifmergeError
-from kifmerge.hub.client import Say, hub_api, patiently, silent
+from kifmerge.hub.background import in_own_thread, result_of
+from kifmerge.hub.client import Say, silent
 from kifmerge.hub.commit import Change, Committed, commit_change
-from kifmerge.hub.folder import HubFolder, open_hub_folder
-from kifmerge.hub.target import Target, look_up, open_target
+from kifmerge.hub.listing import list_files
+from kifmerge.hub.ranges import HubFile
+from kifmerge.hub.target import Target, find_head, look_up, open_target
 
-BRANCH_PREFIX = "kifmerge-unfinished-"
-_JOURNAL = ".kifmerge/journal.jsonl"
 _WEIGHTS = re.compile(r"[^/]+\.safetensors(\.index\.json)?")
-
-
-class RepositoryWork:
-    """A folder whose finished files go to a branch; at most one is on this disk.
-
-    Args:
-        branch: where they go.
-        directory: on this disk, to be filled.
-        say: told of long waits.
-
-    Attributes:
-        directory: on this disk, to be filled.
-        finished: file name -> what was noted when it was finished, verified against the branch.
-        head: commit of the branch that holds them.
-        holds_one: True.
-    """
-
-    holds_one = True
-
-    def __init__(self, branch: Target, directory: Path, say: Say = silent) -> None:
-        self.directory = directory
-        self._branch = branch
-        self._say = say
-        self.head = open_target(branch)
-        self.finished: dict[str, dict[str, Any]] = {}
-        there = open_hub_folder(branch.at(self.head))
-        if _JOURNAL in there.files:
-            text = (there / _JOURNAL).read_text(encoding="utf-8", errors="replace")
-            self.finished = {
-                record["name"]: record for record in parse_journal(text) if _is_there(there, record)
-            }
-
-    def note(self, record: Mapping[str, Any]) -> None:
-        """Commit a finished file and its line in the journal; the file leaves this disk."""
-        name = record["name"]
-        finished = {**self.finished, name: dict(record)}
-        journal = "".join(json.dumps(line) + "\n" for line in finished.values())
-        change = Change(
-            additions={name: self.directory / name, _JOURNAL: journal.encode()},
-            sha256={name: record["sha256"]},
-        )
-        committed = commit_change(
-            self._branch, change, f"Add {name}", parent=self.head, say=self._say
-        )
-        self.head = committed.commit
-        self.finished = finished
-        (self.directory / name).unlink()
-
-    def refuse_full_disk(self, sizes: Iterable[int]) -> None:
-        """There is one file at a time."""
-        refuse_full_disk(self.directory, max(sizes, default=0), advice="set TMPDIR to another disk")
+# What is read beside or instead of the weights of a model, wherever it lies with them: of an
+# earlier one it must not stay.
+_READ_WITH_WEIGHTS = (
+    "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "adapter_model*.bin",
+    "*.bin.index.json", ADAPTER_CONFIG, snapshot.DETAIL_FILE, mask.DETAIL_FILE, units.DETAIL_FILE,
+    "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
+    "spiece.model", "chat_template.jinja", "chat_template.json", "preprocessor_config.json",
+    "processor_config.json",
+)  # fmt: skip
+_TEMPLATE_FOLDER = "additional_chat_templates/"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,76 +81,110 @@ class RepositoryDestination:
         head = look_up(self.target, self.say).head
         if head is None:
             return None
-        details = read_details(open_hub_folder(self.target.at(head)) / detail_file)
+        _, files = list_files(self.target.at(head), self.say)
+        details = _read_json(files.get(detail_file), self.say)
         found = details.get("made_by")
-        return details if found is not None and is_same(found, wanted()) else None
+        if not isinstance(found, dict) or not _are_there(files, details.get("files")):
+            return None
+        if not is_same(found, wanted()):
+            return None
+        with contextlib.suppress(KifmergeError):
+            self._remove_finished(files)
+        return details
+
+    def _remove_finished(self, files: Mapping[str, HubFile]) -> None:
+        """Remove the work branch of a process that was killed when all was done."""
+        for branch in work_branches(self.target, self.say):
+            noted = noted_at(branch, branch.revision, self.say)
+            if noted and all(is_there(files, record) for record in noted.values()):
+                try_to_delete(branch, self.say)
 
     @contextlib.contextmanager
     def begin(self, work: Mapping[str, Any]) -> Iterator[RepositoryWork]:
         """Give a folder to fill; on success the branch changes to it, in one commit.
 
+        Interrupted, the finished files stay in the work branch; where the inputs were found wrong,
+        or no file was finished, nothing stays. The error says which.
+
         Raises:
-            CheckpointError: the token does not allow it.
-            RunError: somebody else has changed the branch in between.
-            TryAgainError: network or server failed.
+            CheckpointError: the token does not allow it, or somebody else has changed the branch
+                in between.
+            TryAgainError: network or server failed, or the disk is full.
         """
-        head = open_target(self.target, private=self.private, say=self.say)
-        branch = Target(
-            repo_id=self.target.repo_id, kind=self.target.kind, branch=_branch_name(work)
-        )
-        with tempfile.TemporaryDirectory(prefix="kifmerge-") as directory:
-            making = RepositoryWork(branch, Path(directory), self.say)
-            self._tell_resumed(making, branch)
+        main = Target(repo_id=self.target.repo_id, kind=self.target.kind)
+        head: str | None = open_target(main, private=self.private, say=self.say)
+        if self.target.branch is not None:
+            # One that is not there comes into being when there is a model for it.
+            head = find_head(self.target, self.say)
+        branch = work_branch(self.target, work)
+        self._tell_others(branch)
+        with temporary_folder() as directory:
+            making = RepositoryWork(branch, directory, self.say)
+            self._tell_resumed(making)
             try:
                 yield making
             except BaseException as error:
-                self._end(making, branch, error)
+                self._end(making, error, is_spoilt=making.is_spoilt_by(error))
                 raise
             try:
                 committed = self._publish(making, head)
-            except KifmergeError as error:
-                raise type(error)(f"{error}; {_kept(making, branch)}") from error
-        self._delete(branch)
+            except BaseException as error:
+                self._end(making, error, is_spoilt=False)
+                raise
         self.say(f"committed to {self.target}: {committed.url}")
+        try_to_delete(branch, self.say)
 
-    def _tell_resumed(self, making: RepositoryWork, branch: Target) -> None:
+    def _tell_others(self, own: Target) -> None:
+        """Say which other works have been left unfinished."""
+        others = [str(b) for b in work_branches(self.target, self.say) if b != own]
+        if others:
+            self.say(
+                f"unfinished merges of other inputs or options are kept in {', '.join(others)}: "
+                "each goes on when its own command is run again; where that is not wanted, `hf "
+                "repos branch delete` removes it"
+            )
+
+    def _tell_resumed(self, making: RepositoryWork) -> None:
         if making.finished:
-            self.say(f"going on from {branch}: {len(making.finished)} files are there already")
+            self.say(
+                f"going on from {making.branch}: {', '.join(making.finished)} are there already, "
+                "and not made or sent again"
+            )
 
-    def _publish(self, making: RepositoryWork, head: str) -> Committed:
+    def _publish(self, making: RepositoryWork, head: str | None) -> Committed:
+        parent = open_target(self.target, say=self.say) if head is None else head
         files = {
             path.relative_to(making.directory).as_posix(): path
             for path in sorted(making.directory.rglob("*"))
             if path.is_file()
         }
-        new = {*files, *making.finished}
-        there = open_hub_folder(self.target.at(head)).files
+        _, there = list_files(self.target.at(parent), self.say)
+        removals = stale_files(there, {*files, *making.finished})
+        if removals:
+            self.say(f"removing from {self.target}, with the same commit: {', '.join(removals)}")
         change = Change(
             additions=files,
             copies=dict.fromkeys(making.finished, making.head),
-            removals=stale_weights(there, new),
+            removals=removals,
         )
-        return commit_change(self.target, change, self.message, parent=head, say=self.say)
+        commit = functools.partial(
+            commit_change, self.target, change, self.message, parent=parent, say=self.say
+        )
+        return result_of(in_own_thread(commit))
 
-    def _end(self, making: RepositoryWork, branch: Target, error: BaseException) -> None:
+    def _end(self, making: RepositoryWork, error: BaseException, *, is_spoilt: bool) -> None:
         """Say what is kept, or delete what is worth nothing."""
-        if not making.finished or spoils_work(error):
-            with contextlib.suppress(KifmergeError):
-                self._delete(branch)
-            return
-        if isinstance(error, KeyboardInterrupt):
-            raise KeyboardInterrupt(_kept(making, branch)) from error
-        if isinstance(error, KifmergeError):
-            raise type(error)(f"{error}; {_kept(making, branch)}") from error
-
-    def _delete(self, branch: Target) -> None:
-        def delete() -> None:
-            with contextlib.suppress(RevisionNotFoundError):
-                hub_api().delete_branch(
-                    branch.repo_id, branch=branch.revision, repo_type=branch.kind
-                )
-
-        patiently(delete, f"deleting {branch}", self.say)
+        is_kept = bool(making.finished) and not is_spoilt
+        if not is_kept:
+            try_to_delete(making.branch, self.say, expected=making.head)
+        kept = making.kept if is_kept else f"nothing is kept, {self.target} is as it was"
+        with disk_errors(making.directory, kept):
+            if isinstance(error, KeyboardInterrupt):
+                raise KeyboardInterrupt(kept) from error
+            if isinstance(error, KifmergeError) and is_kept:
+                raise type(error)(f"{error}; {kept}") from error
+            if isinstance(error, OSError):
+                raise error
 
 
 def stale_weights(there: Iterable[str], new: Iterable[str]) -> list[str]:
@@ -203,15 +206,40 @@ def _weights_stem(name: str) -> str:
     return stem_of(name.removesuffix(".index.json"))
 
 
-def _is_there(folder: HubFolder, record: Mapping[str, Any]) -> bool:
-    file = folder.files.get(record["name"])
-    return file is not None and (file.size, file.sha256) == (record["num_bytes"], record["sha256"])
+def stale_files(there: Iterable[str], new: Iterable[str]) -> list[str]:
+    """Files of an earlier model that would be read with a new one, or instead of it.
+
+    >>> stale_files(["pytorch_model.bin", "vocab.txt", "a.png"], ["model.safetensors"])
+    ['pytorch_model.bin', 'vocab.txt']
+    """
+    kept = frozenset(new)
+    return sorted(
+        name
+        for name in there
+        if name not in kept
+        and (
+            name.startswith(_TEMPLATE_FOLDER)
+            or ("/" not in name and any(fnmatch.fnmatch(name, p) for p in _READ_WITH_WEIGHTS))
+        )
+    )
 
 
-def _branch_name(work: Mapping[str, Any]) -> str:
-    text = json.dumps(dict(work), sort_keys=True)
-    return BRANCH_PREFIX + hashlib.sha256(text.encode()).hexdigest()[:12]
+def _are_there(files: Mapping[str, HubFile], records: Any) -> bool:
+    """Whether files are there as a ``kifmerge.json`` records them, if it does."""
+    if not isinstance(records, dict):
+        return True
+    return all(
+        name in files and isinstance(record, dict) and files[name].sha256 == record.get("sha256")
+        for name, record in records.items()
+    )
 
 
-def _kept(making: RepositoryWork, branch: Target) -> str:
-    return f"{len(making.finished)} finished files are kept in {branch}: the same command goes on"
+def _read_json(file: HubFile | None, say: Say) -> dict[str, Any]:
+    """The JSON object of a file; empty if there is no such file, or anything else in it."""
+    if file is None:
+        return {}
+    try:
+        content = json.loads(read_small(file, say))
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -20,6 +20,8 @@ from typing import TypeVar
 
 import torch
 
+from kifmerge.hub.background import abandoning
+
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
@@ -55,7 +57,8 @@ class Workers:
         def work(item: _Item) -> _Result:
             if stopped.is_set():
                 raise InterruptedError("the work was ended")
-            return function(item)
+            with abandoning(stopped):  # whoever waits for the network must not be waited for
+                return function(item)
 
         try:
             for item in items:

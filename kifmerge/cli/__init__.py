@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from kifmerge.cli import group, look, measure, merge, prune, sequence, train
+from kifmerge.cli import group, look, measure, merge, prune, pull, push, sequence, train
 from kifmerge.errors import EXIT_INTERRUPTED, KifmergeError
 
 # In the order in which --help shows them.
@@ -31,6 +31,8 @@ _COMMANDS: tuple[Callable[..., None], ...] = (
     look.inspect,
     look.diff,
     look.verify,
+    pull.pull,
+    push.push,
 )
 
 

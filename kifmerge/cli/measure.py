@@ -92,9 +92,10 @@ def evaluate(
     """Answer the rows of one or more files and score the answers, file by file and on average."""
     from kifmerge.checkpoint.provenance import made_by
     from kifmerge.display import ProgressDisplay
-    from kifmerge.phases.data import pinned_source, read_examples
+    from kifmerge.phases.data import read_examples
     from kifmerge.phases.evaluate import evaluate_files, finished_evaluation, source_names
     from kifmerge.phases.measure import open_at_rest
+    from kifmerge.phases.tables import pinned_source
 
     display = ProgressDisplay(quiet=quiet)
     reading = _data_options(sources, columns, labels, num_rows)
@@ -179,7 +180,7 @@ def importance(
     from kifmerge.checkpoint.provenance import is_made, made_by, read_details
     from kifmerge.checkpoint.snapshot import DETAIL_FILE
     from kifmerge.display import ProgressDisplay
-    from kifmerge.phases.data import pinned_source, read_examples
+    from kifmerge.phases.data import read_examples
     from kifmerge.phases.measure import (
         MeasureOptions,
         checkpoint_files,
@@ -187,6 +188,7 @@ def importance(
         open_at_rest,
         write_measurement,
     )
+    from kifmerge.phases.tables import pinned_source
 
     display = ProgressDisplay(quiet=quiet)
     reading = _data_options([source], columns, labels, samples)

@@ -164,10 +164,10 @@ def _step(
     What is on the Hub is pinned to the commits that it is at now.
     """
     from kifmerge.phases.chain import ChainStep, kept_sections
-    from kifmerge.phases.data import pinned_source
     from kifmerge.phases.model import pinned_options, quieten_libraries
     from kifmerge.phases.opening import pinned_parts, saved_section
     from kifmerge.phases.origin import pinned
+    from kifmerge.phases.tables import pinned_source
     from kifmerge.phases.tasks import Task
     from kifmerge.recipe import phase_recipe
 

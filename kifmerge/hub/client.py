@@ -67,9 +67,18 @@ def is_offline() -> bool:
 @functools.cache
 def transport_errors() -> tuple[type[Exception], ...]:
     """What the client's HTTP library raises when a connection fails, whichever library it is."""
+    return (_library().TransportError, _library().StreamError, ConnectionError, TimeoutError)
+
+
+@functools.cache
+def timeout_errors() -> tuple[type[Exception], ...]:
+    """What the client's HTTP library raises when an answer takes too long."""
+    return (_library().TimeoutException, TimeoutError)
+
+
+def _library() -> Any:
     base = next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
-    library: Any = sys.modules[base.__module__.partition(".")[0]]
-    return (library.TransportError, library.StreamError, ConnectionError, TimeoutError)
+    return sys.modules[base.__module__.partition(".")[0]]
 
 
 def patiently(call: Callable[[], Result], what: str, say: Say = silent) -> Result:
@@ -206,6 +215,9 @@ def _passing_reason(error: Exception) -> str | None:
         return f"the Hub cannot be reached ({_word(error.__cause__ or error)})"
     if isinstance(error, transport_errors()):
         return f"the connection failed ({_word(error)})"
+    if isinstance(error, RuntimeError) and "closed" in str(error):
+        # Where one thread cannot connect, the client closes what all of them share.
+        return "the connection was closed"
     if isinstance(error, OSError) and error.errno is None:  # the client's check of the size
         return "the file came incomplete"
     if isinstance(error, json.JSONDecodeError):

@@ -7,7 +7,6 @@ branch tells whether it came about.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +14,12 @@ from huggingface_hub import constants
 
 from kifmerge.errors import CheckpointError, problem_list
 from kifmerge.hub.client import (
-    MOST_TRIES,
     PassingError,
+    Patience,
     Say,
     hub_api,
     hub_errors,
     patiently,
-    pause,
     silent,
     status_of,
 )
@@ -104,16 +102,22 @@ class _Delivery:
 
     def deliver(self) -> Committed:
         """Send the commit, and look at what is there after each failure."""
-        for attempt in range(1, MOST_TRIES + 1):
+        patience = Patience(self._say)
+        while True:
             try:
                 committed = self._send()
                 break
             except PassingError as error:
-                pause(attempt, error, self._say)
+                is_over = False
+                try:
+                    patience.endure(error)
+                except PassingError:
+                    is_over = True
+                # After the wait: what seemed to fail may take its time.
                 found = self.find()
                 if found is not None:
                     return self._told(found.commit, found.url)
-                if attempt == MOST_TRIES:
+                if is_over:
                     raise
         problems = self._draft.problems_at(committed.commit)
         if problems:
@@ -183,8 +187,6 @@ class _Delivery:
             if status == _HAS_MOVED or status >= _FAILED:
                 raise PassingError(str(error)) from error
             raise
-        except json.JSONDecodeError as error:
-            raise PassingError(f"{what}: the answer came incomplete") from error
         except ValueError as error:  # README.md says something that the Hub does not take
             raise CheckpointError(f"{what}: {one_line(error)}") from error
         return self._told(made.oid, made.pr_url or made.commit_url)

@@ -10,6 +10,7 @@ from typing import Any
 from kifmerge.errors import DamagedTransferError
 
 _READ_BYTES = 1 << 20
+_ADVICE = "Try again; if it goes on, a proxy or the disk damages them"
 
 
 class ContentCheck:
@@ -48,6 +49,8 @@ class ContentCheck:
             DamagedTransferError: what came so far is not the repository's file.
         """
         with self._lock:
+            if start < self._position < start + len(content):
+                start, content = self._position, content[self._position - start :]
             if start < self._position:
                 self._compare_again(start, content)
             elif start > self._position:
@@ -86,10 +89,10 @@ class ContentCheck:
     def _compare_whole(self) -> None:
         if self._position < self._size or self._expected is None:
             return
-        found = self._hashes[self._position].hexdigest()
-        self.has_passed = found == self._expected
+        content = self._hashes[self._position]
+        self.has_passed = content.hexdigest() == self._expected
         if not self.has_passed:
-            self._damage = self._damaged(f"expected hash {self._expected}, found {found}")
+            self._damage = DamagedTransferError(_damaged(self._label, self._expected, content))
 
     def _compare_again(self, start: int, content: Any) -> None:
         before, after = self._hashes.get(start), self._hashes.get(start + len(content))
@@ -98,14 +101,10 @@ class ContentCheck:
         again = before.copy()
         again.update(content)
         if again.digest() != after.digest():
-            stop = start + len(content)
-            self._damage = self._damaged(f"bytes {start} to {stop} came twice, and not alike")
-
-    def _damaged(self, how: str) -> DamagedTransferError:
-        return DamagedTransferError(
-            f"{self._label}: the bytes that came are not those of the repository: {how}. Try "
-            "again; if it goes on, a proxy or the disk damages them"
-        )
+            self._damage = DamagedTransferError(
+                f"{self._label}: bytes {start} to {start + len(content)} came twice, and not "
+                f"alike. {_ADVICE}"
+            )
 
 
 def check_content(path: Path, label: str, size: int, sha256: str | None, oid: str | None) -> None:
@@ -117,13 +116,20 @@ def check_content(path: Path, label: str, size: int, sha256: str | None, oid: st
     found = path.stat().st_size
     if found != size:
         raise DamagedTransferError(f"{label}: expected {size} bytes, {found} came")
-    check = ContentCheck(label, size, sha256, oid)
-    position = 0
+    content = _new_hash(size, sha256)
     with path.open("rb") as stream:
         while block := stream.read(_READ_BYTES):
-            check.feed(position, block)
-            position += len(block)
-    check.refuse_damage()
+            content.update(block)
+    expected = sha256 or oid
+    if expected not in (None, content.hexdigest()):
+        raise DamagedTransferError(_damaged(label, expected, content))
+
+
+def _damaged(label: str, expected: str | None, content: Any) -> str:
+    return (
+        f"{label}: the bytes that came are not those of the repository: expected hash {expected}, "
+        f"found {content.hexdigest()}. {_ADVICE}"
+    )
 
 
 def _new_hash(size: int, sha256: str | None) -> Any:

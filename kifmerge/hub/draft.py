@@ -105,6 +105,8 @@ class Draft:
             TryAgainError: network or server failed.
         """
         additions = [op for path, op in self._additions.items() if path in self.changed]
+        num_bytes = sum(op.upload_info.size for op in additions)
+        self._say(f"uploading {len(additions)} files, {num_bytes:,} bytes, to {self.target}")
         upload(self.target, additions, pull_request=pull_request, say=self._say)
 
     def operations(self) -> list[Operation]:

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Callable, Iterable, Mapping
+import threading
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, Literal, TypeVar
-
-import huggingface_hub
+from typing import Literal
 
 from kifmerge.errors import CheckpointError, TryAgainError
-from kifmerge.hub.client import Say, hub_api, hub_errors, is_offline, patiently, silent
-from kifmerge.hub.download import cached_path, download
+from kifmerge.hub.background import in_own_thread, result_of
+from kifmerge.hub.client import Say, is_offline, silent
+from kifmerge.hub.download import cached_file, download, note_revision
+from kifmerge.hub.listing import WEIGHTS_SUFFIX, find_cached, list_files
 from kifmerge.hub.ranges import HubFile
 from kifmerge.hub.reference import Reference
-from kifmerge.hub.stream import FileStream
+from kifmerge.hub.stream import FileStream, Shelf
 
 Fetch = Literal["auto", "download", "stream"]
-Result = TypeVar("Result")
-
-# A cached commit is found by any of these, which every kind of folder has one of.
-_WITNESSES = (
-    "config.json", "adapter_config.json", "importance.json", "mask.json", "units.json",
-    "kifmerge.json", "README.md", ".gitattributes",
-)  # fmt: skip
 
 
 class HubFolder:
@@ -39,10 +35,12 @@ class HubFolder:
             ``stream`` pulls the ranges that are read, and keeps nothing; ``auto`` is to be settled
             before tensors are read, see :meth:`settle`.
         say: told what is worth knowing.
+        asked: the reference before it was pinned.
 
     Attributes:
         reference: pinned to a commit.
         files: name -> file.
+        shelf: what its streams share.
     """
 
     def __init__(
@@ -51,11 +49,15 @@ class HubFolder:
         files: Mapping[str, HubFile],
         fetch: Fetch = "auto",
         say: Say = silent,
+        asked: Reference | None = None,
     ) -> None:
         self.reference = reference
         self.files = files
         self.fetch: Fetch = fetch
         self.say = say
+        self.shelf = Shelf()
+        self._asked = asked or reference
+        self._is_noted = False
         self._opened: dict[str, RemoteFile] = {}
 
     def __str__(self) -> str:
@@ -70,14 +72,36 @@ class HubFolder:
             CheckpointError: it cannot be had.
             TryAgainError: network or server failed.
         """
-        file = self.files.get(name)
-        return Path(f"{self}/{name}") if file is None else download(file, self.say)
+        return self.bring(name) if name in self.files else Path(f"{self}/{name}")
 
     def open(self, name: str) -> RemoteFile:
         """A file whose bytes are read in parts."""
         if name not in self._opened:
             self._opened[name] = RemoteFile(self, self.files[name])
         return self._opened[name]
+
+    def bring(self, name: str) -> Path:
+        """Where a file is in the cache, once it has been brought there.
+
+        Raises:
+            CheckpointError: it cannot be had.
+            TryAgainError: network or server failed.
+        """
+        path = download(self.files[name], self.say)
+        # Where only small files are kept, an earlier copy may be the better one to be offline with.
+        if name.endswith(WEIGHTS_SUFFIX):
+            self.note_revision(name)
+        return path
+
+    def note_revision(self, name: str) -> None:
+        """Let the cache know the commit by the name it was asked for: offline that is enough.
+
+        Args:
+            name: of a file that is in the cache.
+        """
+        if not self._is_noted:
+            self._is_noted = True
+            note_revision(self._asked, self.reference, name)
 
     def settle(self, fetch: Literal["download", "stream"]) -> None:
         """Choose how weights are read, where that was left open."""
@@ -96,8 +120,10 @@ class RemoteFile:
     def __init__(self, folder: HubFolder, file: HubFile) -> None:
         self._folder = folder
         self._file = file
-        self._path = cached_path(file.reference, file.name)
-        self._stream = FileStream(file, folder.say)
+        self._path = cached_file(file)
+        self._coming: Future[Path] | None = None
+        self._lock = threading.Lock()
+        self._stream = FileStream(file, folder.say, folder.shelf)
 
     @property
     def label(self) -> str:
@@ -138,20 +164,37 @@ class RemoteFile:
             TryAgainError: network or server failed, or what came is damaged.
         """
         if self._path is None and self._folder.fetch != "stream":
-            self._path = download(self._file, self._folder.say)
-        if self._path is not None:
+            self._path = self._brought()
+        if self._path is None:
+            self._stream.read_into(offset, view)
+        else:
             _read_into(self._path, offset, view)
-            return
-        self._stream.read_into(offset, view)
+
+    def _brought(self) -> Path:
+        with self._lock:
+            if self._coming is None:
+                bring = functools.partial(self._folder.bring, self._file.name)
+                self._coming = in_own_thread(bring)
+            coming = self._coming
+        try:
+            return result_of(coming)
+        except Exception:
+            with self._lock:
+                if coming.done() and self._coming is coming:
+                    self._coming = None  # whoever tries again fetches it again
+            raise
 
 
 def _read_into(path: Path, offset: int, view: memoryview) -> None:
-    with path.open("rb", buffering=0) as file:
-        while view:
-            num_read = os.preadv(file.fileno(), [view], offset)
-            if num_read == 0:
-                raise CheckpointError(f"{path}: ends before byte {offset + len(view)}")
-            view, offset = view[num_read:], offset + num_read
+    try:
+        with path.open("rb", buffering=0) as file:
+            while view:
+                num_read = os.preadv(file.fileno(), [view], offset)
+                if num_read == 0:
+                    raise CheckpointError(f"{path}: ends before byte {offset + len(view)}")
+                view, offset = view[num_read:], offset + num_read
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def open_hub_folder(reference: Reference, fetch: Fetch = "auto", say: Say = silent) -> HubFolder:
@@ -161,93 +204,16 @@ def open_hub_folder(reference: Reference, fetch: Fetch = "auto", say: Say = sile
 
     Raises:
         CheckpointError: no such repository, revision or folder, or no access.
-        TryAgainError: network or server failed, and the cache holds nothing of it.
+        TryAgainError: network or server failed, and the cache holds nothing of it, or only a part.
     """
-    cached = _cached(reference)
+    cached = find_cached(reference)
     if is_offline() and cached is not None:
-        return HubFolder(*cached, fetch, say)
+        return HubFolder(cached.reference, cached.files, fetch, say)
     try:
-        commit = _resolve(reference, is_cached=cached is not None)
-        pinned = reference.pinned(commit)
-        return HubFolder(pinned, _listed(pinned, is_cached=cached is not None), fetch, say)
+        pinned, files = list_files(reference, say, is_cached=cached is not None)
+        return HubFolder(pinned, files, fetch, say, reference)
     except TryAgainError as error:
-        if cached is None:
+        if cached is None or not cached.is_whole:
             raise
-        say(f"{error}: taking what the cache holds, {cached[0]}")
-        return HubFolder(*cached, fetch, say)
-
-
-def _resolve(reference: Reference, *, is_cached: bool) -> str:
-    """The commit that a reference names at this moment."""
-    if reference.is_pinned and reference.revision is not None:
-        return reference.revision
-
-    def ask() -> str | None:
-        found = hub_api().repo_info(
-            reference.repo_id, repo_type=reference.kind, revision=reference.revision
-        )
-        return found.sha
-
-    commit = _called(ask, f"looking up {reference}", is_cached=is_cached)
-    if commit is None:
-        raise CheckpointError(f"{reference}: the Hub does not say which commit it is at")
-    return commit
-
-
-def _listed(reference: Reference, *, is_cached: bool) -> dict[str, HubFile]:
-    """All files of a folder at a commit."""
-
-    def ask() -> list[Any]:
-        return list(
-            hub_api().list_repo_tree(
-                reference.repo_id,
-                reference.folder or None,
-                recursive=True,
-                revision=reference.revision,
-                repo_type=reference.kind,
-            )
-        )
-
-    entries = _called(ask, f"listing {reference}", is_cached=is_cached)
-    start = len(reference.folder) + 1 if reference.folder else 0
-    files = {}
-    for entry in entries:
-        name = entry.path[start:]
-        if not isinstance(entry, huggingface_hub.RepoFile):
-            continue
-        if {"", ".", ".."} & set(name.split("/")) or "\\" in name:
-            raise CheckpointError(f"{reference}: {entry.path!r} is no path of a file in a folder")
-        sha256 = None if entry.lfs is None else entry.lfs.sha256
-        files[name] = HubFile(
-            reference=reference, name=name, size=entry.size, sha256=sha256, git_oid=entry.blob_id
-        )
-    return files
-
-
-def _called(call: Callable[[], Result], what: str, *, is_cached: bool) -> Result:
-    """With patience, unless the cache helps out."""
-    if not is_cached:
-        return patiently(call, what)
-    with hub_errors(what):
-        return call()
-
-
-def _cached(reference: Reference) -> tuple[Reference, dict[str, HubFile]] | None:
-    """What the cache holds of a folder, without a word to the network."""
-    for witness in _WITNESSES:
-        path = cached_path(reference, witness)
-        if path is None:
-            continue
-        folder = path.parent
-        commit = folder.parents[reference.folder.count("/")] if reference.folder else folder
-        pinned = reference.pinned(commit.name)
-        names = {
-            found.relative_to(folder).as_posix(): found.stat().st_size
-            for found in sorted(folder.rglob("*"))
-            if found.is_file()
-        }
-        return pinned, {
-            name: HubFile(reference=pinned, name=name, size=size, sha256=None, git_oid=None)
-            for name, size in names.items()
-        }
-    return None
+        say(f"{error}: taking what the cache holds, {cached.reference}")
+        return HubFolder(cached.reference, cached.files, fetch, say)

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import huggingface_hub
 from huggingface_hub import constants
-from huggingface_hub.utils import build_hf_headers
+from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
 from kifmerge.errors import CheckpointError, DamagedTransferError
 from kifmerge.hub.client import (
@@ -27,7 +27,8 @@ from kifmerge.hub.client import (
 )
 from kifmerge.hub.reference import Reference
 
-_CHUNK_BYTES = 1 << 18
+# What an address answers that has expired.
+REFUSALS = (401, 403, 404, 410)
 _OTHER_WAY = ": if this goes on, a proxy may be in the way: take --fetch download"
 
 
@@ -149,19 +150,20 @@ class RangeReader:
                 patience.endure(error)
 
     def _chunks(self, address: str, start: int, stop: int) -> Iterator[bytes]:
-        at_home = _origin(address) == _origin(constants.ENDPOINT)
-        headers = build_hf_headers(token=None if at_home else False, library_name=LIBRARY)
+        token = None if is_of_hub(address) else False
+        headers = build_hf_headers(token=token, library_name=LIBRARY)
         headers |= {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
         with huggingface_hub.get_session().stream(
             "GET", address, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
         ) as response:
             self._check(response, start, stop)
-            yield from response.iter_raw(_CHUNK_BYTES)
+            # As they come: where the connection breaks, nothing that came is lost.
+            yield from response.iter_raw()
 
     def _check(self, response: Any, start: int, stop: int) -> None:
         """Refuse an answer that is not the range asked for."""
         what, status = f"reading {self.file}", response.status_code
-        if status in (401, 403, 404, 410):
+        if status in REFUSALS:
             # The next attempt asks for a new address; where access itself is refused, it is
             # refused there.
             raise _RefusedAddressError(f"{what}: its address is not accepted (HTTP {status})")
@@ -191,6 +193,11 @@ class RangeReader:
         with self._lock:
             if self._address == address:  # another thread may have found a new one
                 self._address = None
+
+
+def is_of_hub(address: str) -> bool:
+    """Whether an address is of the Hub itself, which may see the token."""
+    return _origin(address) == _origin(constants.ENDPOINT)
 
 
 def _origin(address: str) -> tuple[str, str | None, int | None]:

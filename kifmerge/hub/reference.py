@@ -26,6 +26,7 @@ _LONG = re.compile(
     rf"{SCHEME}(?:(?P<kind>models|datasets)/)?(?P<repo_id>{_REPO_ID})"
     rf"(?:@(?P<revision>{_REVISION}))?(?:/(?P<folder>[^@]*))?"
 )
+_LONG_FORM = f"{SCHEME}[datasets/]ORG/NAME[@REVISION][/FOLDER]"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -81,15 +82,39 @@ def parse_reference(text: str | Path) -> Reference | Path:
     if isinstance(text, Path):
         return text
     if not text.startswith(SCHEME):
-        match = _SHORT.fullmatch(text)
-        if match is None or Path(text).exists() or not _is_repo_id(match["repo_id"]):
-            return Path(text)
-        return Reference(repo_id=match["repo_id"], revision=match["revision"])
+        found = _parse_short(text)
+        return Path(text) if found is None or Path(text).exists() else found
+    return _parse_long(text)
+
+
+def parse_remote(text: str) -> Reference:
+    """What a reference names on the Hub, whatever there is on this disk.
+
+    Raises:
+        CheckpointError: it is no reference.
+    """
+    found = None if text.startswith(SCHEME) else _parse_short(text)
+    return _parse_long(text) if found is None else found
+
+
+def _parse_short(text: str) -> Reference | None:
+    match = _SHORT.fullmatch(text)
+    if match is None or not _is_repository(match):
+        return None
+    return Reference(repo_id=match["repo_id"], revision=match["revision"])
+
+
+def _parse_long(text: str) -> Reference:
     match = _LONG.fullmatch(text)
-    folder = ((match and match["folder"]) or "").strip("/")
+    folder = ((match and match["folder"]) or "").rstrip("/")
     parts = folder.split("/") if folder else []
-    if match is None or not _is_repo_id(match["repo_id"]) or {"", ".", ".."} & set(parts):
-        raise CheckpointError(f"{text}: expected hf://ORG/NAME[@REVISION][/FOLDER]")
+    if (
+        match is None
+        or not _is_repository(match)
+        or {"", ".", ".."}.intersection(parts)
+        or "\\" in folder
+    ):
+        raise CheckpointError(f"{text}: expected ORG/NAME[@REVISION] or {_LONG_FORM}")
     revision = match["revision"]
     return Reference(
         repo_id=match["repo_id"],
@@ -99,5 +124,7 @@ def parse_reference(text: str | Path) -> Reference | Path:
     )
 
 
-def _is_repo_id(text: str) -> bool:
-    return not any(strange in text for strange in ("--", "..")) and not text.endswith(".git")
+def _is_repository(match: re.Match[str]) -> bool:
+    repo_id, revision = match["repo_id"], match["revision"] or ""
+    is_strange = any(part in repo_id for part in ("--", "..")) or repo_id.endswith(".git")
+    return not (is_strange or repo_id.startswith("spaces/") or ".." in revision)

@@ -9,7 +9,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, Revi
 
 from kifmerge.errors import CheckpointError
 from kifmerge.hub.client import Say, hub_api, is_offline, patiently, silent
-from kifmerge.hub.reference import SCHEME, Reference, RepoKind, parse_reference
+from kifmerge.hub.reference import Reference, RepoKind, parse_remote
 
 _MAIN = "main"
 
@@ -50,16 +50,7 @@ def parse_target(text: str) -> Target:
     >>> print(parse_target("org/name"), parse_target("hf://datasets/org/name@v2"))
     org/name hf://datasets/org/name@v2
     """
-    reference = text
-    if not text.startswith(SCHEME):
-        repo_id, _, branch = text.partition("@")
-        reference = f"{SCHEME}{repo_id}" + (f"@{branch.replace('/', '%2F')}" if branch else "")
-    try:
-        found = parse_reference(reference)
-    except CheckpointError:
-        found = None
-    if not isinstance(found, Reference):
-        raise CheckpointError(f"{text}: expected a repository, ORG/NAME or ORG/NAME@BRANCH")
+    found = parse_remote(text)
     if found.folder:
         raise CheckpointError(f"{text}: expected a repository, without a folder in it")
     if found.is_pinned:

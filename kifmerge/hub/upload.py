@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import re
 from collections.abc import Iterator, Sequence
 
@@ -14,6 +15,9 @@ from kifmerge.errors import CheckpointError
 from kifmerge.hub.client import PassingError, Say, hub_api, patiently, silent, status_of
 from kifmerge.hub.target import Target
 
+# Where the client warns of failures that it then tries again, with the whole address.
+_CLIENT_LOG = "huggingface_hub.utils._http"
+_QUERY = re.compile(r"\?\S*")
 _XET_REFUSAL = re.compile(r"client error \((\d+).*xet-write-token", re.DOTALL)
 
 
@@ -35,7 +39,7 @@ def upload(
     what = f"uploading to {target}"
 
     def send() -> None:
-        with _upload_errors(what):
+        with _upload_errors(what), _unsigned_warnings():
             hub_api().preupload_lfs_files(
                 target.repo_id,
                 additions=additions,
@@ -93,10 +97,8 @@ def _upload_errors(what: str) -> Iterator[None]:
             f"{what}: the server takes no upload by Xet (HTTP {refusal[1]}): if it never does, set "
             "HF_HUB_DISABLE_XET=1 and run the same command again"
         ) from error
-    except HFValidationError:
+    except (HFValidationError, json.JSONDecodeError):
         raise
-    except json.JSONDecodeError as error:
-        raise PassingError(f"{what}: an answer came incomplete") from error
     except ValueError as error:  # what the server says of an object that it does not take
         raise CheckpointError(f"{what}: {one_line(error)}") from error
 
@@ -111,3 +113,19 @@ def _unwrapped(what: str) -> Iterator[None]:
             raise error.__cause__ from None
         # Xet's own, whose text may hold a signed address.
         raise PassingError(f"{what}: it failed ({type(error).__name__})") from error
+
+
+@contextlib.contextmanager
+def _unsigned_warnings() -> Iterator[None]:
+    """Have the client warn without the signatures of addresses, which whoever reads could use."""
+    logger = logging.getLogger(_CLIENT_LOG)
+    logger.addFilter(_cut_queries)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_cut_queries)
+
+
+def _cut_queries(record: logging.LogRecord) -> bool:
+    record.msg, record.args = _QUERY.sub("", record.getMessage()), ()
+    return True

@@ -7,20 +7,15 @@ template over the table's own columns: ``{"text": "{title}\\n{content}", "label"
 
 from __future__ import annotations
 
-import functools
 import json
-import random
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from kifmerge.checkpoint.atomic import write_text
-from kifmerge.errors import MOST_PROBLEMS_SHOWN, DataError, TryAgainError, problem_list
-from kifmerge.hub.client import Say, hub_api, is_offline, patiently, silent
-from kifmerge.hub.download import cached_path
-from kifmerge.hub.reference import Reference
+from kifmerge.errors import MOST_PROBLEMS_SHOWN, DataError, problem_list
+from kifmerge.phases.tables import Row, is_on_hub, sample, table_rows
 
 FORMS = (
     ("instruction", "output"),  # with or without "input"
@@ -28,12 +23,6 @@ FORMS = (
     ("messages",),
     ("text", "label"),
 )
-_HUB_PATTERN = re.compile(
-    r"hf://datasets/(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+?))?"
-    r"(/(?P<config>[\w.-]+))?:(?P<split>[\w\[\]%:+-]+)"
-)
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,48 +89,6 @@ def read_examples(source: str, options: DataOptions) -> list[Example]:
     return examples
 
 
-def pinned_source(source: str, say: Say = silent) -> str:
-    """A source on the Hub at the commit that it names now; a file as it is.
-
-    Offline, what the cache knows of the repository decides; if it knows nothing, the source stays.
-
-    Raises:
-        DataError: no such form of a source.
-        CheckpointError: no such repository or revision, or no access.
-        TryAgainError: network or server failed.
-    """
-    if not source.startswith("hf://"):
-        return source
-    found = _hub_arguments(source)
-    reference = Reference(repo_id=found["path"], kind="dataset", revision=found["revision"])
-    commit = reference.revision if reference.is_pinned else _commit(reference, say)
-    if commit is None:
-        return source
-    config = "" if found["name"] is None else f"/{found['name']}"
-    return f"{reference.pinned(commit)}{config}:{found['split']}"
-
-
-def _commit(reference: Reference, say: Say) -> str | None:
-    """The commit that a dataset's repository is at; None if that is unknown, offline."""
-    # The datasets library brings the card of whatever it loads into the cache.
-    card = cached_path(reference, "README.md")
-    cached = None if card is None else card.parent.name
-    if is_offline():
-        return cached
-    try:
-        return patiently(functools.partial(_ask_commit, reference), f"looking up {reference}", say)
-    except TryAgainError as error:
-        if cached is None:
-            raise
-        say(f"{error}: taking what the cache holds, {cached}")
-        return cached
-
-
-def _ask_commit(reference: Reference) -> str | None:
-    repo_id, revision = reference.repo_id, reference.revision
-    return hub_api().repo_info(repo_id, repo_type=reference.kind, revision=revision).sha
-
-
 def write_examples(path: Path, examples: Iterable[Example]) -> None:
     """Write examples as JSONL, atomically."""
     write_text(path, as_jsonl(examples))
@@ -166,23 +113,15 @@ def labels_met(examples: Iterable[Example]) -> list[str]:
 
 def _located_rows(source: str, num_rows: int | None) -> list[tuple[str, Row]]:
     """The chosen (place, row) pairs; the place is FILE:LINE, or the source and the row's number."""
-    if source.startswith("hf://"):
-        return list(_table_rows(source, num_rows, **_hub_arguments(source)))
+    if is_on_hub(source):
+        return list(table_rows(source, num_rows))
     path = Path(source)
     if not path.is_file():
         raise DataError(f"{source}: no such file")
     if path.suffix in (".csv", ".parquet"):
-        kind = path.suffix[1:]
-        return list(_table_rows(source, num_rows, path=kind, data_files=str(path), split="train"))
+        return list(table_rows(source, num_rows))
     located = list(_json_rows(path) if path.suffix == ".json" else _jsonl_rows(path))
-    return [located[index] for index in _sample(len(located), num_rows)]
-
-
-def _sample(num_available: int, num_rows: int | None) -> Sequence[int]:
-    """Ascending row numbers of the fixed random sample, or all."""
-    if num_rows is None or num_rows >= num_available:
-        return range(num_available)
-    return sorted(random.Random(0).sample(range(num_available), num_rows))
+    return [located[index] for index in sample(len(located), num_rows)]
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, Row]]:
@@ -220,46 +159,6 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Row]]:
         raise DataError(f"{path}: expected a list of objects")
     for number, row in enumerate(rows, start=1):
         yield f"{path} row {number}", row
-
-
-def _hub_arguments(source: str) -> dict[str, Any]:
-    match = _HUB_PATTERN.fullmatch(source)
-    if match is None:
-        raise DataError(
-            f"{source}: expected hf://datasets/ORG/NAME[@REVISION][/CONFIG]:SPLIT, "
-            "for example hf://datasets/org/name:train"
-        )
-    found = match.groupdict()
-    return {
-        "path": found["name"],
-        "name": found["config"],
-        "split": found["split"],
-        "revision": found["revision"],
-    }
-
-
-def _table_rows(source: str, num_rows: int | None, **arguments: Any) -> Iterator[tuple[str, Row]]:
-    """Rows of anything that the datasets library loads, class numbers turned into their names."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    try:
-        table = datasets.load_dataset(**arguments)
-    except ConnectionError as error:
-        raise TryAgainError(f"{source}: the Hub could not be reached ({error})") from error
-    except (datasets.exceptions.DatasetNotFoundError, OSError, ValueError) as error:
-        raise DataError(f"{source}: cannot be loaded ({error})") from error
-    except datasets.exceptions.DatasetGenerationError as error:
-        raise DataError(f"{source}: cannot be read ({error.__cause__ or error})") from error
-    names = {
-        column: feature.names
-        for column, feature in table.features.items()
-        if isinstance(feature, datasets.ClassLabel)
-    }
-    chosen = _sample(len(table), num_rows)
-    for number, row in zip(chosen, table.select(chosen), strict=True):
-        named = {c: names[c][v] if c in names and v >= 0 else v for c, v in row.items()}
-        yield f"{source} row {number + 1}", named
 
 
 def _example(row: Row, place: str, options: DataOptions) -> Example:

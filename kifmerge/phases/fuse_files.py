@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from kifmerge.checkpoint.destination import Work
 from kifmerge.checkpoint.sink import FileRecord, FolderSink, Layout
+from kifmerge.checkpoint.source import FolderSource
 from kifmerge.checkpoint.workers import Workers
+from kifmerge.hub.folder import HubFolder
 from kifmerge.phases.fuse import OnProgress, Overlap, fuse
 from kifmerge.phases.inputs import OpenInputs
 from kifmerge.phases.rules import FusionOptions
@@ -76,8 +79,12 @@ def fuse_files(
         for file_name, infos in left.items():
             names = [name for name, _ in infos]
             overlap = fuse_file(names)
+            if work.holds_one:
+                # In this thread, where Ctrl-C ends the wait.
+                _finish(file_name, names, overlap, inputs, sink, work)
+                continue
             noted.append(disk.submit(_finish, file_name, names, overlap, inputs, sink, work))
-            for done in noted if work.holds_one else filter(Future.done, noted):
+            for done in filter(Future.done, noted):
                 done.result()
         for pending in noted:
             pending.result()
@@ -100,13 +107,36 @@ def fuse_files(
 
 def _take_over(work: Work, inputs: OpenInputs) -> list[FileRecord]:
     """The files that an interrupted merge has finished, and what it knew of their inputs."""
+    unchecked: set[str] = set()
     for record in work.finished.values():
         for role, digests in record["digests"].items():
             inputs.sources[role].digests.know(digests)
+        unchecked.update(record["unchecked"])
+    for source in inputs.sources.values():
+        unchecked.update(_files_in_two(source))
+    if unchecked:
+        warnings.warn(
+            "streamed in part by the interrupted merge, or in another order than they are stored "
+            f"in, and so not compared with their hashes: {', '.join(sorted(unchecked))}",
+            stacklevel=3,
+        )
     return [
         FileRecord(name, record["num_bytes"], record["sha256"])
         for name, record in work.finished.items()
     ]
+
+
+def _files_in_two(source: FolderSource) -> Iterator[str]:
+    """Files that are streamed in part only, since the rest of them is known already."""
+    folder = source.directory
+    if not isinstance(folder, HubFolder) or folder.fetch != "stream":
+        return
+    known = source.digests.finished()
+    for file_name, names in source.files.items():
+        file = folder.open(file_name)
+        read = [name in known for name in names if source.info(name).numel]
+        if not file.is_here and any(read) and not all(read):
+            yield file.label
 
 
 def _finish(
@@ -124,6 +154,7 @@ def _finish(
             **sink.finish(file_name).as_dict(),
             "overlap": {"counts": overlap.counts, "num_marked": overlap.num_marked},
             "digests": digests,
+            "unchecked": inputs.unchecked_files,
         }
     )
 

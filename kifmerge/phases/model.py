@@ -258,12 +258,15 @@ def _load_base(
     if options.dropout is not None:
         set_dropout(config, options.dropout)
     if options.kind == "classifier" and options.pooling != "own" and not has_head:
-        encoder = AutoModel.from_pretrained(
-            folder,
-            config=config,
-            dtype=options.dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
+        encoder = named(
+            AutoModel.from_pretrained(
+                folder,
+                config=config,
+                dtype=options.dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+            ),
+            reference,
         )
         pooled = MeanPooledClassifierConfig(
             encoder=encoder.config.to_dict(), normalised=options.pooling == "normalised-mean"

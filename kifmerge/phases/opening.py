@@ -24,6 +24,7 @@ from kifmerge.phases.model import (
     loading,
 )
 from kifmerge.phases.origin import local_copy, on_hub, opened, pinned
+from kifmerge.phases.tokens import has_tokenizer
 
 _TASK_KINDS = {"CAUSAL_LM": "causal-lm", "SEQ_2_SEQ_LM": "seq2seq-lm", "SEQ_CLS": "classifier"}
 _ARCHITECTURE_KINDS = {
@@ -103,6 +104,9 @@ def saved_section(reference: str, adapter: str | None) -> dict[str, Any]:
     if not section:
         section = _guessed(reference)
     section.pop("config", None)
+    if adapter is None and has_tokenizer(trained):
+        # It is the one that the model was made with, which may be gone by now.
+        section.pop("tokenizer", None)
     section["reference"] = reference
     section["lora"] = _lora_section(trained) if adapter is not None else None
     return section

@@ -22,7 +22,7 @@ from kifmerge.checkpoint.source import (
 )
 from kifmerge.errors import CheckpointError
 from kifmerge.hub.client import Say, is_offline, silent
-from kifmerge.hub.download import cached_path
+from kifmerge.hub.download import cached_file
 from kifmerge.hub.folder import HubFolder
 from kifmerge.hub.reference import Reference, parse_reference
 
@@ -92,10 +92,10 @@ def local_copy(name: str | Path, *, with_weights: bool = True, say: Say = silent
         return str(name)
     small = [n for n in folder.files if _is_small(n)]
     shards = _weight_files(folder) if with_weights else []
-    missing = [n for n in (*small, *shards) if cached_path(folder.reference, n) is None]
+    missing = [n for n in (*small, *shards) if cached_file(folder.files[n]) is None]
     if missing:
         num_bytes = sum(folder.files[n].size for n in missing)
-        say(f"fetching {folder}: {len(missing)} files, {num_bytes:,} bytes")
+        say(f"fetching {folder}: {num_bytes:,} bytes in {len(missing)} file(s)")
     paths = {n: folder / n for n in (*small, *shards)}
     if with_weights:
         FolderSource(folder, _stem(folder))  # index and headers agree, or it says how they do not

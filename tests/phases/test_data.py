@@ -11,8 +11,9 @@ import synthetic
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kifmerge.errors import DataError, KifmergeError, TryAgainError
+from kifmerge.errors import CheckpointError, DataError, KifmergeError, TryAgainError
 from kifmerge.phases.data import DataOptions, Example, labels_met, read_examples, write_examples
+from kifmerge.phases.tables import pinned_source
 
 PLAIN = DataOptions(columns={})
 ROW = {"text": "a", "label": "x"}
@@ -226,6 +227,32 @@ class TestHub:
         (found,) = read_examples(f"hf://datasets/{source}", DataOptions(columns=columns))
         assert (found.input, found.output) == ("why?", "so")
         assert {key: value for key, value in seen.items() if value is not None} == arguments
+
+    @pytest.mark.parametrize(
+        ("source", "expected"),
+        [
+            ("org/rows:train", "org/rows@{main}:train"),
+            ("org/rows/config:train[:10%]", "org/rows@{main}/config:train[:10%]"),
+            ("org/rows@v1/config:test", "org/rows@{v1}/config:test"),
+        ],
+    )
+    def test_is_pinned(self, hub, source, expected):
+        commits = {
+            "v1": hub.add_repo("org/rows", {"a.jsonl": b"{}"}, kind="dataset", branch="v1"),
+            "main": hub.add_repo("org/rows", {"b.jsonl": b"{}"}, kind="dataset"),
+        }
+        found = pinned_source(f"hf://datasets/{source}")
+        assert found == f"hf://datasets/{expected.format(**commits)}"
+        hub.clear_log()
+        assert pinned_source(found) == found
+        assert pinned_source("rows.jsonl") == "rows.jsonl"
+        assert hub.log == []
+
+    def test_repository_that_is_not_there(self, hub):
+        with pytest.raises(CheckpointError, match="no such repository"):
+            pinned_source("hf://datasets/org/rows:train")
+        with pytest.raises(DataError, match="expected hf://datasets/ORG/NAME"):
+            pinned_source("hf://datasets/org/rows")
 
     def test_without_a_network(self):
         with pytest.raises(KifmergeError) as caught:

@@ -98,6 +98,10 @@ class TestParted:
         content = json.loads(config.read_text())
         config.write_text(json.dumps({**content, "base_model_name_or_path": "org/base"}))
         assert parted(str(adapter[0]), None) == ("org/base", str(adapter[0]))
+        config.write_text(
+            json.dumps({**content, "base_model_name_or_path": "org/base", "revision": "v1"})
+        )
+        assert parted(str(adapter[0]), None) == ("org/base@v1", str(adapter[0]))
         config.write_text(json.dumps({**content, "base_model_name_or_path": None}))
         with pytest.raises(CheckpointError, match="names no base model"):
             parted(str(adapter[0]), None)
