@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,6 +14,7 @@ from kifmerge.cli.output import print_mapping
 from kifmerge.cli.reporting import opener, reporting
 
 if TYPE_CHECKING:
+    from kifmerge.checkpoint.folder import Folders
     from kifmerge.phases.diff import Change, Diff
     from kifmerge.phases.inspect import Inspection
     from kifmerge.phases.layers import Layer, TensorEntry
@@ -99,7 +101,7 @@ def verify(
     reference: Annotated[
         str,
         typer.Argument(
-            metavar="DIR", help="Folder: checkpoint, adapter, snapshot, mask, units, state or run."
+            metavar="REF", help="Folder: checkpoint, adapter, snapshot, mask, units, state or run."
         ),
     ],
     json_output: JsonOption = False,
@@ -113,8 +115,9 @@ def verify(
         if not quiet:
             typer.echo(text, err=True)
 
-    with reporting("reading", weight_bytes(reference), quiet=quiet) as on_progress:
-        found = verify_folder(reference, on_progress=on_progress, say=say)
+    directory = _brought(reference, opener("download", quiet=quiet))
+    with reporting("reading", weight_bytes(directory), quiet=quiet) as on_progress:
+        found = verify_folder(directory, on_progress=on_progress, say=say)
     content = found.as_dict()
     if json_output:
         print_mapping(content, json_output=True)
@@ -131,6 +134,17 @@ def verify(
         )
         print_tables([_file_table(found)] if found.files else [])
     found.refuse_problems()
+
+
+def _brought(reference: str, folders: Folders) -> str:
+    """A folder on this disk: of the Hub's, the cache's, with every file compared with its hash."""
+    folder = folders.open(reference)
+    if isinstance(folder, Path):
+        return reference
+    from kifmerge.phases.pull import Pull
+
+    directory, _, _ = Pull(str(folder), say=folders.say).run()
+    return str(directory)
 
 
 def _summary(found: Inspection) -> dict[str, Any]:

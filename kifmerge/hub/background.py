@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import functools
+import os
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ _waiting = threading.local()
 
 def in_background(call: Callable[[], Result]) -> Future[Result]:
     """Call in one of a few threads, in turn: for what takes seconds."""
-    _start_threads()
+    _start_threads(os.getpid())
     future: Future[Result] = Future()
     _tasks.put(functools.partial(_fulfil, future, call))
     return future
@@ -61,7 +62,8 @@ def result_of(future: Future[Result]) -> Result:
 
 
 @functools.cache
-def _start_threads() -> None:
+def _start_threads(process: int) -> None:
+    """Once in each process: a forked one has none."""
     for _ in range(_NUM_THREADS):
         _start_thread(_work)
 
