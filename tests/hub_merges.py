@@ -21,7 +21,7 @@ from loopback import LoopbackHub, Row
 from typer.testing import CliRunner
 
 from kifmerge.cli import app
-from kifmerge.hub import client, stream
+from kifmerge.hub import background, client, stream
 
 # Several files, each of several of the small blocks below; a tensor that fills more than one.
 SHAPES = {
@@ -226,9 +226,13 @@ def press_ctrl_c() -> None:
 @contextlib.contextmanager
 def nothing_left_running() -> Iterator[None]:
     """Wait in the end until what nobody waits for any more is over."""
-    before = threading.active_count()
+    background.in_background(int).result()  # all of its threads are there now
     yield
-    faults.wait_for(lambda: threading.active_count() <= before + 6)
+    faults.wait_for(lambda: _num_threads() <= background._NUM_THREADS)
+
+
+def _num_threads() -> int:
+    return sum(thread.name == "kifmerge-hub" for thread in threading.enumerate())
 
 
 class Watched:

@@ -94,7 +94,7 @@ class RepositoryDestination:
 
     def _remove_finished(self, files: Mapping[str, HubFile]) -> None:
         """Remove the work branch of a process that was killed when all was done."""
-        for branch in work_branches(self.target, self.say):
+        for branch in work_branches(self.target):
             noted = noted_at(branch, branch.revision, self.say)
             if noted and all(is_there(files, record) for record in noted.values()):
                 try_to_delete(branch, self.say)
@@ -136,7 +136,7 @@ class RepositoryDestination:
 
     def _tell_others(self, own: Target) -> None:
         """Say which other works have been left unfinished."""
-        others = [str(b) for b in work_branches(self.target, self.say) if b != own]
+        others = [str(b) for b in work_branches(self.target) if b != own]
         if others:
             self.say(
                 f"unfinished merges of other inputs or options are kept in {', '.join(others)}: "

@@ -128,14 +128,18 @@ def work_branch(target: Target, work: Mapping[str, Any]) -> Target:
     return Target(repo_id=target.repo_id, kind=target.kind, branch=name)
 
 
-def work_branches(target: Target, say: Say) -> list[Target]:
-    """Branches of the repository that hold unfinished work."""
+def work_branches(target: Target) -> list[Target]:
+    """Branches of the repository that hold unfinished work; none where it is slow to tell."""
 
     def ask() -> list[str]:
         refs = hub_api().list_repo_refs(target.repo_id, repo_type=target.kind)
         return [ref.name for ref in refs.branches if ref.name.startswith(BRANCH_PREFIX)]
 
-    names = patiently(ask, f"listing the branches of {target.repo_id}", say)
+    asking = functools.partial(patiently, ask, f"listing the branches of {target.repo_id}")
+    try:
+        names = in_own_thread(asking).result(_TIDYING_SECONDS)
+    except (KifmergeError, concurrent.futures.TimeoutError):
+        return []
     return [Target(repo_id=target.repo_id, kind=target.kind, branch=name) for name in sorted(names)]
 
 

@@ -22,6 +22,9 @@ from kifmerge.hub.ranges import HubFile, RangeReader
 BLOCK_BYTES = 1 << 22
 # Pulled before they are asked for.
 NUM_AHEAD = 2
+# Of the blocks of all streams that are read together, those on their way among them.
+_BUDGET_BYTES = 3 * (1 + NUM_AHEAD) * BLOCK_BYTES
+_LEAST_BLOCK_BYTES = 1 << 18
 # The header of a safetensors file, mostly with room to spare.
 HEAD_BYTES = 1 << 16
 
@@ -51,10 +54,15 @@ class Shelf:
 
     Args:
         most_blocks: when there are more, the oldest go, and are pulled again if need be.
+
+    Attributes:
+        most_blocks: as given.
+        block_bytes: of a block at most; what is expected already stays as it was cut.
     """
 
     def __init__(self, most_blocks: int = 12) -> None:
         self.most_blocks = most_blocks
+        self.block_bytes = BLOCK_BYTES
         self.lock = threading.RLock()
         self.blocks: dict[tuple[FileStream, int], _Block] = {}
 
@@ -129,9 +137,9 @@ class FileStream:
     def _append(self, start: int, stop: int, last: _Span | None) -> _Span | None:
         """Cut a part into spans, the first of which may lengthen the last one."""
         if last is not None and last.stop == start and not last.was_pulled:
-            last.stop = start = min(stop, last.start + BLOCK_BYTES)
+            last.stop = start = min(stop, last.start + self._shelf.block_bytes)
         while start < stop:
-            last = _Span(len(self._in_turn), start, min(start + BLOCK_BYTES, stop))
+            last = _Span(len(self._in_turn), start, min(start + self._shelf.block_bytes, stop))
             self._in_turn.append(last)
             bisect.insort(self._in_file, last, key=lambda span: span.start)
             start = last.stop
@@ -220,6 +228,16 @@ class FileStream:
             stream, start = oldest
             if stream._check.is_pending(start):
                 stream._check.forget_pending()
+
+
+def shared_block_bytes(num_streams: int) -> int:
+    """Of a block, so that streams that are read together need no more memory the more they are.
+
+    >>> shared_block_bytes(3), shared_block_bytes(12)
+    (4194304, 1048576)
+    """
+    fair = _BUDGET_BYTES // (num_streams * (1 + NUM_AHEAD))
+    return min(max(1 << (fair.bit_length() - 1), _LEAST_BLOCK_BYTES), BLOCK_BYTES)
 
 
 def _find(spans: list[_Span], offset: int) -> int:

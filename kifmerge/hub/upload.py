@@ -46,7 +46,6 @@ def upload(
                 repo_type=target.kind,
                 revision=target.revision,
                 create_pr=pull_request,
-                free_memory=False,  # an attempt that fails must leave something to send again
             )
 
     if additions:

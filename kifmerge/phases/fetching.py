@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +13,10 @@ from huggingface_hub import constants
 from kifmerge.checkpoint.digest import CHECKPOINT_STEMS
 from kifmerge.checkpoint.source import FolderSource
 from kifmerge.hub.folder import HubFolder
+from kifmerge.hub.stream import NUM_AHEAD, shared_block_bytes
+
+# A few small tensors that are read again do not matter.
+_ABOUT_ONCE = 1.005
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,12 +43,14 @@ class Settled:
         fetch: ``download``, ``stream``, or ``cache`` where all of it is here already.
         reason: for the user.
         pulled_bytes: that come over the network.
+        buffer_bytes: of memory that a stream of it takes.
     """
 
     reference: str
     fetch: Literal["download", "stream", "cache"]
     reason: str
     pulled_bytes: int
+    buffer_bytes: int = 0
 
     def __str__(self) -> str:
         return f"{self.reference}: {self.fetch}, {self.reason}"
@@ -55,8 +61,7 @@ def settle(
 ) -> list[Settled]:
     """Choose how each folder on the Hub is read where the user left it open, and prepare for it.
 
-    A folder that is read whole and more than once is downloaded; what is read in part, or does not
-    fit on the disk, is streamed.
+    What is read in part, or does not fit on the disk, is streamed; all else is downloaded.
 
     Args:
         readings: of all inputs; those on this disk are left alone.
@@ -68,17 +73,22 @@ def settle(
         if isinstance(reading.source.directory, HubFolder):
             of_folder.setdefault(reading.source.directory, []).append(reading)
     room_bytes = _free_bytes() - write_bytes
-    found = []
+    found: dict[HubFolder, Settled] = {}
     for folder, of_this in of_folder.items():
-        settled = _settled(folder, of_this, room_bytes, spare_disk=spare_disk)
-        if settled.fetch == "download":
-            room_bytes -= settled.pulled_bytes
+        found[folder] = _settled(folder, of_this, room_bytes, spare_disk=spare_disk)
+        if found[folder].fetch == "download":
+            room_bytes -= found[folder].pulled_bytes
+    streamed = [folder for folder, settled in found.items() if settled.fetch == "stream"]
+    for folder in streamed:
+        folder.shelf.block_bytes = shared_block_bytes(len(streamed))
+        buffer_bytes = (2 + NUM_AHEAD) * folder.shelf.block_bytes
+        found[folder] = replace(found[folder], buffer_bytes=buffer_bytes)
+    for folder, settled in found.items():
         if settled.fetch != "cache":
             folder.settle(settled.fetch)
-        for reading in of_this:
+        for reading in of_folder[folder]:
             reading.source.expect(reading.names)
-        found.append(settled)
-    return found
+    return list(found.values())
 
 
 def _settled(
@@ -90,46 +100,93 @@ def _settled(
         for name, held in reading.source.files.items()
         if not folder.open(name).is_here and not {*held}.isdisjoint(reading.names)
     }
-    whole_bytes = sum(folder.files[name].size for name in missing)
-    needed_bytes = sum(reading.num_passes * _num_bytes(reading, missing) for reading in readings)
     if not missing:
         return Settled(
             reference=str(folder), fetch="cache", reason="all of it is there", pulled_bytes=0
         )
+    need = _Need.of(readings, missing, sum(folder.files[name].size for name in missing))
     fetch, reason = folder.fetch, "as asked"
     if fetch == "auto":
-        fetch, reason = _chosen(readings, whole_bytes, room_bytes, spare_disk=spare_disk)
+        fetch, reason = need.choose(room_bytes, spare_disk=spare_disk)
     return Settled(
         reference=str(folder),
         fetch="stream" if fetch == "stream" else "download",
         reason=reason,
-        pulled_bytes=needed_bytes if fetch == "stream" else whole_bytes,
+        pulled_bytes=need.streamed_bytes if fetch == "stream" else need.whole_bytes,
     )
 
 
-def _chosen(
-    readings: Sequence[Reading], whole_bytes: int, room_bytes: int, *, spare_disk: bool
-) -> tuple[Literal["download", "stream"], str]:
-    num_passes = sum(reading.num_passes for reading in readings)
-    times = "once" if num_passes == 1 else f"{num_passes} times"
-    in_order = all(map(_is_in_order, readings))
-    if spare_disk and (num_passes == 1 or readings[0].source.stem in CHECKPOINT_STEMS):
-        return "stream", f"no model is kept on this disk; it is pulled {times}"
-    if num_passes == 1 and in_order:
-        (reading,) = readings
-        if len(reading.names) < len(reading.source.names()):
-            needed = f"{len(reading.names)} of {len(reading.source.names())} tensors"
-            return "stream", f"only {needed} are needed"
-    if whole_bytes > room_bytes:
-        return "stream", (
-            f"the disk of the cache has {max(room_bytes, 0) / 1e9:.2f} GB for its "
-            f"{whole_bytes / 1e9:.2f} GB; it is pulled {times}"
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Need:
+    """What is needed of the files of a folder that are not here.
+
+    Attributes:
+        whole_bytes: size of the files.
+        num_tensors: in them.
+        num_needed: of those, that are read.
+        needed_bytes: of these.
+        streamed_bytes: of all that is read, each time that it is.
+        is_in_order: whether each file is read in its own order, so that its stream can be hashed.
+        is_model: whether it is a checkpoint, rather than what is known of one.
+    """
+
+    whole_bytes: int
+    num_tensors: int
+    num_needed: int
+    needed_bytes: int
+    streamed_bytes: int
+    is_in_order: bool
+    is_model: bool
+
+    @classmethod
+    def of(cls, readings: Sequence[Reading], missing: Iterable[str], whole_bytes: int) -> _Need:
+        held: dict[str, int] = {}
+        needed: set[str] = set()
+        streamed_bytes = 0
+        for reading in readings:
+            source, wanted = reading.source, frozenset(reading.names)
+            for file in source.files.keys() & missing:
+                of_file = {f"{file}/{n}": source.info(n).nbytes for n in source.files[file]}
+                read = {f"{file}/{n}" for n in source.files[file] if n in wanted}
+                held |= of_file
+                needed |= read
+                streamed_bytes += reading.num_passes * sum(of_file[name] for name in read)
+        return cls(
+            whole_bytes=whole_bytes,
+            num_tensors=len(held),
+            num_needed=len(needed),
+            needed_bytes=sum(held[name] for name in needed),
+            streamed_bytes=streamed_bytes,
+            is_in_order=all(map(_is_in_order, readings)),
+            is_model=readings[0].source.stem in CHECKPOINT_STEMS,
         )
-    if num_passes > 1:
-        return "download", f"it is read {times}"
-    if not in_order:
-        return "download", "it is read in another order than it is stored in"
-    return "download", "all of it is needed, and the disk of the cache has room"
+
+    @property
+    def _times(self) -> str:
+        """How often what is needed is read, in words."""
+        times = self.streamed_bytes / self.needed_bytes if self.needed_bytes else 1.0
+        return "once" if times < _ABOUT_ONCE else f"{times:.3g} times"
+
+    def choose(
+        self, room_bytes: int, *, spare_disk: bool
+    ) -> tuple[Literal["download", "stream"], str]:
+        """How to read, and why."""
+        times = self._times
+        if spare_disk and (self.is_model or (times == "once" and self.is_in_order)):
+            return "stream", f"no model is kept on this disk; it is pulled {times}"
+        if self.num_needed < self.num_tensors and self.streamed_bytes < self.whole_bytes:
+            needed = f"{self.num_needed} of {self.num_tensors} tensors"
+            return "stream", f"only {needed} are needed"
+        if self.whole_bytes > room_bytes:
+            return "stream", (
+                f"the disk of the cache has {max(room_bytes, 0) / 1e9:.2f} GB for its "
+                f"{self.whole_bytes / 1e9:.2f} GB; it is pulled {times}"
+            )
+        if times != "once":
+            return "download", f"it is read {times}"
+        if not self.is_in_order:
+            return "download", "it is read in another order than it is stored in"
+        return "download", "all of it is needed, and the disk of the cache has room"
 
 
 def _is_in_order(reading: Reading) -> bool:
@@ -140,15 +197,6 @@ def _is_in_order(reading: Reading) -> bool:
         if places != sorted(places):
             return False
     return True
-
-
-def _num_bytes(reading: Reading, files: Iterable[str]) -> int:
-    wanted = frozenset(reading.names)
-    source = reading.source
-    return sum(
-        source.info(name).nbytes for file in files if file in source.files
-        for name in source.files[file] if name in wanted
-    )  # fmt: skip
 
 
 def _free_bytes() -> int:

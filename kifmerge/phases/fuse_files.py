@@ -135,7 +135,6 @@ def _files_in_two(source: FolderSource) -> Iterator[str]:
     for file_name, names in source.files.items():
         file = folder.open(file_name)
         read = [name in known for name in names if source.info(name).numel]
-        __import__("os").system(f"echo DBG {file.is_here} {read} >> /tmp/dbg.txt")
         if not file.is_here and any(read) and not all(read):
             yield file.label
 

@@ -52,15 +52,16 @@ class Lineage:
 
 
 def lineage_of(parcel: Parcel, told: Sequence[str] = ()) -> Lineage:
-    """What the records of a checkpoint or an adapter say of its bases.
+    """What the records of an artifact say of its bases; of evidence for merges, nothing.
 
     Args:
-        parcel: of that kind.
+        parcel: what is published.
         told: repositories that are its bases, whatever is recorded.
     """
     made_by: Mapping[str, Any] = parcel.details.get("made_by") or {}
-    relation = _relation(parcel, made_by.get("command"))
-    if told:
+    is_model = parcel.kind in ("checkpoint", "adapter")
+    relation = _relation(parcel, made_by.get("command")) if is_model else None
+    if told or not is_model:
         given = tuple(Reference(repo_id=repo_id) for repo_id in told)
         return Lineage(bases=given, relation=relation)
     if parcel.kind == "adapter":

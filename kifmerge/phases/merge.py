@@ -207,7 +207,7 @@ class Merge:
         scratch_bytes = _SPARE_BYTES + buffer_bytes * (1 if self.rule.needs == "nothing" else 2)
         if self.rule.needs == "largest" or (self.rule.needs == "masks" and self.inputs.importance):
             scratch_bytes += counting_bytes(self._num_workers)
-        return scratch_bytes
+        return scratch_bytes + sum(settled.buffer_bytes for settled in self._settled)
 
     @property
     def _weight_passes(self) -> int:

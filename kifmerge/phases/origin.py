@@ -75,11 +75,11 @@ def opened(name: str | Path, say: Say = silent) -> Folder:
     return _opened[reference]
 
 
-def local_copy(name: str | Path, *, with_weights: bool = True, say: Say = silent) -> str:
-    """The folder that a library can load from: of a name on the Hub, the cache's.
+def local_copy(reference: str | Path, *, with_weights: bool = True, say: Say = silent) -> str:
+    """The folder that a library can load from: of a reference to the Hub, the cache's.
 
     Args:
-        name: of a model, an adapter or a tokenizer.
+        reference: of a model, an adapter or a tokenizer; a path or a bare name stays as it is.
         with_weights: bring weights too, and find them whole.
         say: told what is fetched.
 
@@ -87,19 +87,22 @@ def local_copy(name: str | Path, *, with_weights: bool = True, say: Say = silent
         CheckpointError: it cannot be had, or holds pickles only, no weights, or damaged ones.
         TryAgainError: network or server failed, the disk is full, or what came is damaged.
     """
-    folder = opened(name, say)
+    folder = opened(reference, say)
     if isinstance(folder, Path):
-        return str(name)
+        return str(reference)
     small = [n for n in folder.files if _is_small(n)]
     shards = _weight_files(folder) if with_weights else []
-    missing = [n for n in (*small, *shards) if cached_file(folder.files[n]) is None]
+    missing = {n for n in (*small, *shards) if cached_file(folder.files[n]) is None}
     if missing:
-        num_bytes = sum(folder.files[n].size for n in missing)
-        say(f"fetching {folder}: {num_bytes:,} bytes in {len(missing)} file(s)")
-    paths = {n: folder / n for n in (*small, *shards)}
+        say(f"fetching {folder}: {sum(folder.files[n].size for n in missing):,} bytes")
+    paths = {}
+    for name in (*small, *shards):
+        if len(shards) > 1 and name in missing.intersection(shards):
+            say(f"fetching {name}, {shards.index(name) + 1} of {len(shards)}")
+        paths[name] = folder / name
     if with_weights:
         FolderSource(folder, _stem(folder))  # index and headers agree, or it says how they do not
-    inside = next((path for n, path in paths.items() if "/" not in n), None)
+    inside = next((path for name, path in paths.items() if "/" not in name), None)
     if inside is None:
         raise CheckpointError(_nothing_there(f"{folder} holds no model, adapter or tokenizer"))
     return str(inside.parent)

@@ -32,7 +32,7 @@ from kifmerge.hub.target import (
 from kifmerge.phases.card import is_ours
 from kifmerge.phases.inspect import kind_of
 from kifmerge.phases.licence import Licence, find_licence
-from kifmerge.phases.lineage import Lineage, lineage_of
+from kifmerge.phases.lineage import lineage_of
 from kifmerge.phases.parcel import CARD_FILE, IMPORTANCE_FOLDER, Parcel, open_parcel
 from kifmerge.phases.published_card import published_card, read_report
 from kifmerge.phases.tokens import has_tokenizer
@@ -187,24 +187,28 @@ class Publication:
 
     def _choose_card(self, there: HubFolder | None) -> bytes | None:
         """The user's own card, the repository's own (None), or one that is written now."""
+        whose = ""
         if self._own_card is not None:
-            self._say(f"{self.parcel.directory / CARD_FILE} is yours: sent as it is")
-            return self._own_card
-        if there is not None and CARD_FILE in there.files:
+            whose = f"{self.parcel.directory / CARD_FILE} is yours: sent as it is"
+        elif there is not None and CARD_FILE in there.files:
             text = (there / CARD_FILE).read_text(encoding="utf-8", errors="replace")
             if not is_ours(text):
-                self._say(
+                whose = (
                     f"{CARD_FILE} of {self.target.repo_id} is not kifmerge's: it stays. Delete it "
                     "there to have one written that says how this was made"
                 )
-                return None
-        return self._card.encode()
+        if not whose:
+            return self._card.encode()
+        self._say(whose)
+        options = self.options
+        if options.base_models or options.licence or options.report_dir:
+            _warn(f"{CARD_FILE} is not written by kifmerge: it says nothing of the options for it")
+        return self._own_card
 
     @cached_property
     def _card(self) -> str:
         parcel, options = self.parcel, self.options
-        is_model = parcel.kind in ("checkpoint", "adapter")
-        lineage = lineage_of(parcel, options.base_models) if is_model else Lineage()
+        lineage = lineage_of(parcel, options.base_models)
         if lineage.local:
             _warn(
                 f"{', '.join(lineage.local)}: no repository on the Hub, so not among the card's "

@@ -548,6 +548,8 @@ class TestCard:
         push(directory, said.append)
         assert hub.read(REPO, "README.md") == text.encode()
         assert f"{directory}/README.md is yours: sent as it is" in said
+        with pytest.warns(UserWarning, match="says nothing of the options"):
+            push(directory, licence="apache-2.0")
 
     def test_one_that_a_merge_wrote_is_written_anew(self, hub: LoopbackHub, tmp_path: Path) -> None:
         directory = checkpoint(tmp_path / "made")
@@ -582,7 +584,12 @@ class TestEvidence:
         ("name", "kind", "tag", "option"),
         [
             ("new-importance", "importance snapshot", "importance", "--new-importance"),
-            ("historical-importance", "importance snapshot", "importance", "--historical-impo"),
+            (
+                "historical-importance",
+                "importance snapshot",
+                "importance",
+                "--historical-importance",
+            ),
             ("new-mask", "mask", "mask", "--new-mask"),
             ("new-units", "skill units", "skill-units", "--new-units"),
         ],
@@ -597,7 +604,7 @@ class TestEvidence:
         assert {n: hub.read(REPO, n) for n in own} == {n: (directory / n).read_bytes() for n in own}
         assert is_new
         assert front(hub) == {"library_name": "kifmerge", "tags": [tag, "kifmerge"]}
-        assert f"{option}" in hub.read(REPO, "README.md").decode()
+        assert f"{option} {REPO} " in hub.read(REPO, "README.md").decode()
         assert hub.commits(REPO)[0].title == f"Push {kind} with kifmerge"
         assert not push(directory)[1]
 
@@ -607,6 +614,16 @@ class TestEvidence:
         assert "`kifmerge prune`" in text
         assert f"| importance | `{files.folder}/new-importance` |" in text
         assert "num_important: " in text
+
+    def test_a_base_that_is_told(self, hub: LoopbackHub, files: merges.Files) -> None:
+        hub.add_repo("org/base", {"README.md": b"---\nlicense: mit\n---\n"})
+        push(files.folder / "new-mask", base_models=("org/base",))
+        assert front(hub) == {
+            "base_model": ["org/base"],
+            "library_name": "kifmerge",
+            "license": "mit",
+            "tags": ["mask", "kifmerge"],
+        }
 
     def test_config_beside_it_is_none_of_it(self, hub: LoopbackHub, files: merges.Files) -> None:
         directory = write(files.folder / "new-mask", {"config.json": "{}", "LICENSE": "free"})
@@ -663,17 +680,23 @@ class TestLoading:
 class TestInterrupted:
     def test_run_again_only_what_is_missing_is_sent(self, hub: LoopbackHub, tmp_path: Path) -> None:
         directory = checkpoint(tmp_path / "made", num_shards=3)
-        missing = directory / "model-00002-of-00003.safetensors"
-        sha256 = hashlib.sha256(missing.read_bytes()).hexdigest()
+        objects = {
+            path.name: f"/{REPO}/{hashlib.sha256(path.read_bytes()).hexdigest()}"
+            for path in directory.glob("*.safetensors")
+        }
+        missing = objects["model-00002-of-00003.safetensors"]
         hub.fail(Fault(kind="batch", skip=1, times=None, status=400))
-        hub.fail(Fault(kind="put", match=f"*{sha256}", times=None, status=403))
+        hub.fail(Fault(kind="put", match=missing, times=None, status=403))
         with pytest.raises(CheckpointError, match="uploading to org/made"):
             push(directory)
         assert paths(hub) == set()
+        arrived = {row.path for row in hub.log if row.kind == "put" and row.status == 200}
         hub.mend()
         hub.clear_log()
         assert push(directory)[1]
-        assert [row.path for row in hub.log if row.kind == "put"] == [f"/{REPO}/{sha256}"]
+        sent = [row.path for row in hub.log if row.kind == "put"]
+        assert missing in sent
+        assert sorted([*arrived, *sent]) == sorted(objects.values())
         assert len(hub.commits(REPO)) == 2
 
     @pytest.mark.parametrize("fault", [{"status": 500}, {"reset": True}])

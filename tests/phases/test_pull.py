@@ -427,7 +427,7 @@ class TestFolder:
             Pull("org/a").run(out, resume=True)
 
         num_killed = 0
-        while kill_at(chance.randrange(1, 40), pull) == -signal.SIGKILL:
+        while kill_at(chance.randrange(1, 25), pull) == -signal.SIGKILL:
             num_killed += 1
             assert not out.exists() or content(out) == WANTED
         assert num_killed > 5

@@ -1,0 +1,340 @@
+"""Schedules of faults: a command that talks to the Hub, what goes wrong meanwhile, and what comes.
+
+A schedule follows from its seed alone. Whatever goes wrong, the command ends with the right result,
+or with an error that says so and nothing, or what was there before, under the result's name; and
+when all is well again the same command ends with the right result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import faults
+import hub_merges
+import pytest
+from hub_merges import Published, Result
+from huggingface_hub import constants
+from loopback import Fault, LoopbackHub, Row
+
+
+READS = ("info", "resolve", "cdn")
+WRITES = (
+    "info", "create", "branch", "refs", "paths-info", "preupload", "yaml", "batch", "put", "verify",
+    "complete", "commit",
+)  # fmt: skip
+# Scenario -> kinds of its requests.
+SCENARIOS = {
+    "pull": READS,
+    "merge, streamed": READS,
+    "merge, downloaded": READS,
+    "push": WRITES,
+    "hub to hub": (*READS, *WRITES),
+}
+PASSING = (408, 429, 500, 502, 503, 504)
+LASTING = (400, 401, 403, 404, 409, 410, 412, 416, 418)
+TIMEOUT_SECONDS = 0.4
+STALL_SECONDS = 0.7
+OUT = "org/out"
+OLD = {
+    "model-00001-of-00002.safetensors": b"old 1",
+    "model-00002-of-00002.safetensors": b"old 2",
+    "model.safetensors.index.json": b"{}",
+    "config.json": b'{"old": 1}',
+    "notes.txt": b"old",
+}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What is going to happen.
+
+    Attributes:
+        seed: that all of it follows from.
+        scenario: what is run.
+        faults: of the server.
+        interruption: ``ctrl-c`` or ``kill``, and with which request; None for neither.
+        is_replaced: whether something is there already, in the place of the result.
+        part_bytes: of uploads; None for whole ones.
+    """
+
+    seed: int
+    scenario: str
+    faults: tuple[Fault, ...]
+    interruption: tuple[str, int] | None
+    is_replaced: bool
+    part_bytes: int | None
+
+
+def schedule(seed: int) -> Schedule:
+    """Of a seed: scenarios take turns."""
+    chance = random.Random(seed)
+    scenario = list(SCENARIOS)[seed % len(SCENARIOS)]
+    kinds = SCENARIOS[scenario]
+    number = chance.choice((1, 1, 2, 3, 4))
+    interruption = None
+    if chance.random() < 0.3:
+        interruption = chance.choice(("ctrl-c", "ctrl-c", "kill")), chance.randrange(1, 60)
+    return Schedule(
+        seed=seed,
+        scenario=scenario,
+        faults=tuple(_fault(chance, kinds) for _ in range(number)),
+        interruption=interruption,
+        is_replaced=chance.random() < 0.5,
+        part_bytes=chance.choice((None, None, 5000)),
+    )
+
+
+def _fault(chance: random.Random, kinds: Sequence[str]) -> Fault:
+    act = chance.choice(
+        ("passing", "passing", "lasting", "reset", "expire", "range", "body", "body", "slow")
+    )
+    kind = chance.choice((*kinds, None))
+    # Beyond our patience, and beyond all.
+    times = chance.choice((1, 1, 1, 2, 3, 7, 40, None))
+    common = {"kind": kind, "skip": chance.choice((0, 0, 1, 2, 3, 5, 8)), "times": times}
+    offset = chance.choice((0, 1, 7, 100, 1000, 5000))
+    if act == "passing":
+        retry_after = chance.choice((None, 0, 1))
+        status = chance.choice(PASSING)
+        late = chance.random() < 0.3
+        return Fault(status=status, retry_after=retry_after, after_act=late, **common)
+    if act == "lasting":
+        return Fault(status=chance.choice(LASTING), after_act=chance.random() < 0.3, **common)
+    if act == "reset":
+        return Fault(reset=True, after_act=chance.random() < 0.4, **common)
+    if act == "expire":
+        return Fault(expire=True, **{**common, "kind": chance.choice(("cdn", "put"))})
+    if act == "range":
+        one = chance.choice(("ignore_range", "wrong_range"))
+        return Fault(**{one: True}, **{**common, "kind": chance.choice(("cdn", "resolve"))})
+    if act == "body":
+        one = chance.choice(("truncate_at", "reset_at", "corrupt_at", "corrupt_file_at"))
+        return Fault(**{one: offset}, **common)
+    # What takes time takes it rarely.
+    common["times"] = chance.choice((1, 2))
+    if chance.random() < 0.5:
+        return Fault(rate=20_000.0, **common)
+    return Fault(stall_at=offset, stall_seconds=STALL_SECONDS, **common)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How it went: exit code of the first run (negative: killed), and what it told last."""
+
+    code: int
+    told: str
+
+
+class Ground:
+    """Where schedules are run, one after the other.
+
+    Args:
+        folder: for all files.
+        hub: the server.
+    """
+
+    def __init__(self, folder: Path, hub: LoopbackHub) -> None:
+        self._folder = folder
+        self._hub = hub
+        self._merge = hub_merges.two_sided(folder, hub)
+        self._several = hub_merges.several(folder / "several", hub)
+        self._made = folder / "made"
+        assert self._merge.run(self._made, place=f"{folder}/").code == 0
+        self._clean: dict[tuple[str, bool], dict[str, bytes]] = {}
+
+    def run(self, schedule: Schedule) -> Outcome:
+        """Run a schedule, and the same command again when all is well.
+
+        Raises:
+            AssertionError: anything came otherwise than it may.
+        """
+        expected = self._expected(schedule)
+        self._prepare(schedule)
+        before = self._found(schedule)
+        self._hub.part_bytes = schedule.part_bytes
+        for fault in schedule.faults:
+            self._hub.fail(fault)
+        with short_timeouts(), self._interrupted(schedule) as call:
+            outcome = call()
+        self._hub.mend()
+        self._check(schedule, outcome, before, expected)
+        if outcome.code < 0:
+            age(Path(tempfile.gettempdir()))
+        else:
+            assert hub_merges.temporary_names() == []
+        again = self._command(schedule, is_again=True)
+        assert again.code == 0, again.err
+        assert self._found(schedule) == expected
+        self._check_nothing_left(schedule)
+        self._tidy()
+        return outcome
+
+    def _expected(self, schedule: Schedule) -> dict[str, bytes]:
+        """What comes when nothing goes wrong."""
+        key = (schedule.scenario, schedule.is_replaced)
+        if key not in self._clean:
+            self._prepare(schedule)
+            result = self._command(schedule)
+            assert result.code == 0, result.err
+            found = self._found(schedule)
+            assert found
+            self._clean[key] = found
+            self._check_nothing_left(schedule)
+            self._tidy()
+        return self._clean[key]
+
+    @property
+    def _out(self) -> Path:
+        return self._folder / "out"
+
+    def _is_remote(self, schedule: Schedule) -> bool:
+        return schedule.scenario in ("push", "hub to hub")
+
+    def _prepare(self, schedule: Schedule) -> None:
+        if not schedule.is_replaced:
+            return
+        if self._is_remote(schedule):
+            self._hub.add_repo(OUT, OLD)
+        else:
+            for name, content in OLD.items():
+                self._out.mkdir(exist_ok=True)
+                (self._out / name).write_bytes(content)
+
+    def _arguments(self, schedule: Schedule, *, is_again: bool) -> list[object]:
+        more: list[object] = ["--workers", "2"]
+        if not self._is_remote(schedule):
+            more += ["--overwrite"] * schedule.is_replaced + ["--resume"] * is_again
+        match schedule.scenario:
+            case "pull":
+                return ["pull", "org/base", "--out", self._out, *more[2:]]
+            case "push":
+                return ["push", self._made, OUT]
+            case "hub to hub":
+                return [*self._merge.arguments(), "--out", f"hf://{OUT}", *more]
+            case "merge, streamed":
+                merge: Published = self._merge
+            case _:
+                merge = self._several
+        fetch = schedule.scenario.removeprefix("merge, ").removesuffix("ed")
+        return [*merge.arguments(), "--out", self._out, "--fetch", fetch, *more]
+
+    def _command(self, schedule: Schedule, *, is_again: bool = False) -> Result:
+        return hub_merges.kifmerge(*self._arguments(schedule, is_again=is_again))
+
+    @contextlib.contextmanager
+    def _interrupted(self, schedule: Schedule) -> Iterator[Callable[[], Outcome]]:
+        """What calls the command, and interrupts it when its time has come."""
+        children: list[faults.Child] = []
+        kind, number = schedule.interruption or ("", 0)
+        count = [0]
+
+        def see(row: Row) -> None:
+            count[0] += 1
+            if count[0] != number:
+                return
+            if children:
+                children[0].kill()
+            else:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        def here() -> Outcome:
+            result = self._command(schedule)
+            return Outcome(result.code, result.err)
+
+        def elsewhere() -> Outcome:
+            def work(say: Callable[[object], None]) -> None:
+                result = self._command(schedule)
+                say([result.code, result.err])
+
+            children.append(faults.fork(work))
+            ended = children[0].end()
+            if ended.code == 0:
+                return Outcome(*ended.said())
+            assert ended.code == -signal.SIGKILL, ended.text
+            return Outcome(ended.code, "")
+
+        with hub_merges.nothing_left_running(), hub_merges.at_each_request(self._hub, see):
+            yield elsewhere if kind == "kill" else here
+
+    def _found(self, schedule: Schedule) -> dict[str, bytes]:
+        """What has the name of the result."""
+        if not self._is_remote(schedule):
+            return faults.content(self._out)
+        return hub_merges.content_of(self._hub, OUT) if self._hub.has_repo(OUT) else {}
+
+    def _check(
+        self,
+        schedule: Schedule,
+        outcome: Outcome,
+        before: dict[str, bytes],
+        expected: dict[str, bytes],
+    ) -> None:
+        found = self._found(schedule)
+        if outcome.code == 0:
+            assert found == expected
+            return
+        allowed = {3, 4}
+        if schedule.interruption is not None:
+            allowed |= {130} if schedule.interruption[0] == "ctrl-c" else {-signal.SIGKILL}
+        assert outcome.code in allowed, outcome
+        # A reader of a branch sees the old model or the new one; whose answer was lost is not told.
+        if self._is_remote(schedule) or outcome.code < 0:
+            assert found in (before, expected)
+        else:
+            assert found == before
+        if outcome.code > 0:
+            assert outcome.told.splitlines()[-1].startswith("kifmerge: "), outcome.told
+
+    def _check_nothing_left(self, schedule: Schedule) -> None:
+        assert hub_merges.temporary_names() == []
+        assert sorted(path.name for path in self._folder.glob(".*")) == []
+        if self._is_remote(schedule):
+            assert self._hub.branches(OUT) == ["main"]
+        for path in Path(constants.HF_HUB_CACHE).rglob("blobs/*"):
+            if len(path.name) == 64:
+                assert hashlib.sha256(path.read_bytes()).hexdigest() == path.name
+
+    def _tidy(self) -> None:
+        """As before."""
+        shutil.rmtree(self._out, ignore_errors=True)
+        shutil.rmtree(constants.HF_HUB_CACHE, ignore_errors=True)
+        store = self._hub._store
+        if self._hub.has_repo(OUT):
+            store.delete(store.repo(OUT, "model"))
+        self._hub.clear_log()
+
+
+@contextlib.contextmanager
+def short_timeouts() -> Iterator[None]:
+    """What stands still is given up soon."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", TIMEOUT_SECONDS)
+        patch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", TIMEOUT_SECONDS)
+        yield
+
+
+def age(folder: Path) -> None:
+    """Have all that lies there lie there for an hour."""
+    for path in folder.iterdir():
+        os.utime(path, (time.time() - 3600,) * 2)
+
+
+def told(schedule: Schedule, outcome: Outcome) -> str:
+    """A line for people: what went wrong, and how it ended."""
+    faults_of = ", ".join(
+        f"{fault.name} of {fault.kind or 'any'} after {fault.skip} x {fault.times}"
+        for fault in schedule.faults
+    )
+    last = outcome.told.splitlines()[-1:] or [""]
+    return json.dumps([schedule.seed, schedule.scenario, outcome.code, faults_of, last[0]])

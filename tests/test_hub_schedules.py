@@ -1,0 +1,62 @@
+"""Faults at random, in commands that talk to the Hub: the right result, or an error and nothing."""
+
+from __future__ import annotations
+
+import collections
+import tempfile
+import time
+from pathlib import Path
+
+import hub_merges
+import hub_schedules
+import pytest
+from loopback import LoopbackHub
+
+CHUNK = 20
+NUM_SCHEDULES = 200
+
+
+@pytest.fixture
+def ground(
+    hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> hub_schedules.Ground:
+    hub_merges.be_small(monkeypatch)
+    # The client's own waits, and ours.
+    sleep = time.sleep
+    monkeypatch.setattr(time, "sleep", lambda seconds: sleep(min(seconds, 0.005)))
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    return hub_schedules.Ground(tmp_path / "files", hub)
+
+
+def run(ground: hub_schedules.Ground, seeds: range) -> collections.Counter[tuple[str, int]]:
+    """Run some schedules; (scenario, exit code) -> how often it came to that."""
+    ends: collections.Counter[tuple[str, int]] = collections.Counter()
+    for seed in seeds:
+        schedule = hub_schedules.schedule(seed)
+        started = time.monotonic()
+        try:
+            outcome = ground.run(schedule)
+        except AssertionError as error:
+            raise AssertionError(f"{schedule}\n{error}") from error
+        print(f"{time.monotonic() - started:.2f} s", hub_schedules.told(schedule, outcome))
+        ends[schedule.scenario, outcome.code] += 1
+    return ends
+
+
+def test_a_schedule_follows_from_its_seed() -> None:
+    assert hub_schedules.schedule(7) == hub_schedules.schedule(7) != hub_schedules.schedule(12)
+
+
+def test_some(ground: hub_schedules.Ground) -> None:
+    ends = run(ground, range(1000, 1012))
+    assert {scenario for scenario, _ in ends} == set(hub_schedules.SCENARIOS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", range(0, NUM_SCHEDULES, CHUNK))
+def test_many(ground: hub_schedules.Ground, start: int) -> None:
+    ends = run(ground, range(start, start + CHUNK))
+    codes = collections.Counter(code for _, code in ends)
+    assert codes[0] >= 1
+    assert codes[3] + codes[4] >= 1
