@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import faults
 import hub_merges
@@ -26,7 +27,6 @@ import pytest
 from hub_merges import Published, Result
 from huggingface_hub import constants
 from loopback import Fault, LoopbackHub, Row
-
 
 READS = ("info", "resolve", "cdn")
 WRITES = (
@@ -99,33 +99,38 @@ def _fault(chance: random.Random, kinds: Sequence[str]) -> Fault:
     act = chance.choice(
         ("passing", "passing", "lasting", "reset", "expire", "range", "body", "body", "slow")
     )
-    kind = chance.choice((*kinds, None))
-    # Beyond our patience, and beyond all.
-    times = chance.choice((1, 1, 1, 2, 3, 7, 40, None))
-    common = {"kind": kind, "skip": chance.choice((0, 0, 1, 2, 3, 5, 8)), "times": times}
+    how: dict[str, Any] = {
+        "kind": chance.choice((*kinds, None)),
+        "skip": chance.choice((0, 0, 1, 2, 3, 5, 8)),
+        # Beyond our patience, and beyond all.
+        "times": chance.choice((1, 1, 1, 2, 3, 7, 40, None)),
+    }
     offset = chance.choice((0, 1, 7, 100, 1000, 5000))
-    if act == "passing":
-        retry_after = chance.choice((None, 0, 1))
-        status = chance.choice(PASSING)
-        late = chance.random() < 0.3
-        return Fault(status=status, retry_after=retry_after, after_act=late, **common)
-    if act == "lasting":
-        return Fault(status=chance.choice(LASTING), after_act=chance.random() < 0.3, **common)
-    if act == "reset":
-        return Fault(reset=True, after_act=chance.random() < 0.4, **common)
-    if act == "expire":
-        return Fault(expire=True, **{**common, "kind": chance.choice(("cdn", "put"))})
-    if act == "range":
-        one = chance.choice(("ignore_range", "wrong_range"))
-        return Fault(**{one: True}, **{**common, "kind": chance.choice(("cdn", "resolve"))})
-    if act == "body":
-        one = chance.choice(("truncate_at", "reset_at", "corrupt_at", "corrupt_file_at"))
-        return Fault(**{one: offset}, **common)
-    # What takes time takes it rarely.
-    common["times"] = chance.choice((1, 2))
-    if chance.random() < 0.5:
-        return Fault(rate=20_000.0, **common)
-    return Fault(stall_at=offset, stall_seconds=STALL_SECONDS, **common)
+    is_late = chance.random() < 0.3
+    match act:
+        case "passing":
+            retry_after = chance.choice((None, 0, 1))
+            how |= {"status": chance.choice(PASSING), "retry_after": retry_after}
+            how["after_act"] = is_late
+        case "lasting":
+            how |= {"status": chance.choice(LASTING), "after_act": is_late}
+        case "reset":
+            how |= {"reset": True, "after_act": is_late}
+        case "expire":
+            how |= {"expire": True, "kind": chance.choice(("cdn", "put"))}
+        case "range":
+            how |= {chance.choice(("ignore_range", "wrong_range")): True}
+            how["kind"] = chance.choice(("cdn", "resolve"))
+        case "body":
+            how[chance.choice(("truncate_at", "reset_at", "corrupt_at", "corrupt_file_at"))] = (
+                offset
+            )
+        case "slow":
+            # What takes time takes it rarely.
+            how["times"] = chance.choice((1, 2))
+            slow = {"stall_at": offset, "stall_seconds": STALL_SECONDS}
+            how |= chance.choice(({"rate": 20_000.0}, slow))
+    return Fault(**how)
 
 
 @dataclass(frozen=True)

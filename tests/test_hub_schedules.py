@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -39,7 +40,8 @@ def run(ground: hub_schedules.Ground, seeds: range) -> collections.Counter[tuple
             outcome = ground.run(schedule)
         except AssertionError as error:
             raise AssertionError(f"{schedule}\n{error}") from error
-        print(f"{time.monotonic() - started:.2f} s", hub_schedules.told(schedule, outcome))
+        took = f"{time.monotonic() - started:.2f} s"
+        sys.stdout.write(f"{took} {hub_schedules.told(schedule, outcome)}\n")
         ends[schedule.scenario, outcome.code] += 1
     return ends
 

@@ -132,7 +132,7 @@ class TestMistakes:
             ({"recurrent": {"temperature": 0}}, "temperature must be positive"),
             ({"recurrent": {"new_betas": [1.5, 0.5]}}, "beta"),
             ({"kif": {"betas": [1.5, 0.5]}}, "beta"),
-            ({"kif": {"shared_weights": [1, 1]}}, "two numbers that add up to 1"),
+            ({"kif": {"shared_weights": [1, 1]}}, "shared_weights of kif must add up to 1"),
             ({"kif": {"memory_steps": 0}}, "memory_steps must be at least 1, found 0"),
             ({"seeds": []}, "seeds: expected at least one"),
             ({"seeds": [1, 1]}, "seeds: expected at least one, each once"),

@@ -28,6 +28,7 @@ from kifmerge.checkpoint.work_branch import (
     is_there,
     noted_at,
     read_small,
+    remove_abandoned_folders,
     temporary_folder,
     try_to_delete,
     work_branch,
@@ -78,6 +79,7 @@ class RepositoryDestination:
         self, detail_file: str, wanted: Callable[[], Mapping[str, Any]]
     ) -> dict[str, Any] | None:
         """Compare what the branch holds. Another model may be there: its commit stays."""
+        remove_abandoned_folders()
         head = look_up(self.target, self.say).head
         if head is None:
             return None

@@ -170,7 +170,17 @@ def try_to_delete(branch: Target, say: Say, *, expected: str | None = None) -> N
 
 @contextlib.contextmanager
 def temporary_folder() -> Iterator[Path]:
-    """An empty folder; it goes in the end, and so do those that killed processes have left."""
+    """An empty folder, which goes in the end."""
+    with contextlib.ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=_TEMPORARY_PREFIX)))
+        stack.enter_context(filelock.FileLock(directory / "lock", timeout=0))
+        inner = directory / "new"
+        inner.mkdir()
+        yield inner
+
+
+def remove_abandoned_folders() -> None:
+    """Remove temporary folders of processes that were killed."""
     for left in Path(tempfile.gettempdir()).glob(f"{_TEMPORARY_PREFIX}*"):
         with contextlib.suppress(OSError, filelock.Timeout):
             status = left.lstat()
@@ -178,12 +188,6 @@ def temporary_folder() -> Iterator[Path]:
             if is_old and stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid():
                 with filelock.FileLock(left / "lock", timeout=0):
                     shutil.rmtree(left)
-    with contextlib.ExitStack() as stack:
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=_TEMPORARY_PREFIX)))
-        stack.enter_context(filelock.FileLock(directory / "lock", timeout=0))
-        inner = directory / "new"
-        inner.mkdir()
-        yield inner
 
 
 def noted_at(branch: Target, revision: str, say: Say) -> dict[str, dict[str, Any]]:

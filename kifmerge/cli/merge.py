@@ -26,7 +26,6 @@ from kifmerge.cli.options import (
 )
 from kifmerge.cli.output import print_mapping
 from kifmerge.cli.reporting import as_usage, opener, print_result, reporting
-from kifmerge.hub.reference import SCHEME
 
 if TYPE_CHECKING:
     from kifmerge.checkpoint.destination import Destination
@@ -231,7 +230,7 @@ def merge(
                 dtype=dtype,
             )
         merging = Merge(
-            inputs, options, further, num_workers=workers, spare_disk=out.startswith(SCHEME)
+            inputs, options, further, num_workers=workers, spare_disk=_is_repository(out)
         )
     plan = merging.plan()
     if dry_run:
@@ -245,6 +244,12 @@ def merge(
     print_result(out, figures, is_new=is_new, json_output=json_output, quiet=quiet)
 
 
+def _is_repository(out: str) -> bool:
+    from kifmerge.hub.reference import SCHEME
+
+    return out.startswith(SCHEME)
+
+
 def _destination(
     out: str, *, resume: bool, overwrite: bool, private: bool | None, say: Say
 ) -> Destination:
@@ -252,7 +257,7 @@ def _destination(
     from kifmerge.checkpoint.repository import RepositoryDestination
     from kifmerge.hub.target import parse_target
 
-    if out.startswith(SCHEME):
+    if _is_repository(out):
         return RepositoryDestination(target=parse_target(out), private=private, say=say)
     return LocalDestination(path=Path(out), resume=resume, overwrite=overwrite)
 

@@ -23,7 +23,7 @@ _waiting = threading.local()
 
 def in_background(call: Callable[[], Result]) -> Future[Result]:
     """Call in one of a few threads, in turn: for what takes seconds."""
-    _start_threads(os.getpid())
+    _start_threads()
     future: Future[Result] = Future()
     _tasks.put(functools.partial(_fulfil, future, call))
     return future
@@ -62,10 +62,14 @@ def result_of(future: Future[Result]) -> Result:
 
 
 @functools.cache
-def _start_threads(process: int) -> None:
-    """Once in each process: a forked one has none."""
+def _start_threads() -> None:
     for _ in range(_NUM_THREADS):
         _start_thread(_work)
+
+
+if hasattr(os, "register_at_fork"):  # not on every system
+    # A forked process has none of them.
+    os.register_at_fork(after_in_child=_start_threads.cache_clear)
 
 
 def _start_thread(call: Callable[[], Any]) -> None:

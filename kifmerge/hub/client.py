@@ -220,7 +220,7 @@ def _passing_reason(error: Exception) -> str | None:
         return "the connection was closed"
     if isinstance(error, OSError) and error.errno is None:  # the client's check of the size
         return "the file came incomplete"
-    if isinstance(error, json.JSONDecodeError):
+    if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
         return "the answer is none of the Hub's: a proxy or a log-in page may stand in between"
     return None
 

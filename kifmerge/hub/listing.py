@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 from huggingface_hub import constants
 
 from kifmerge.errors import CheckpointError
@@ -113,7 +112,7 @@ def _tree(reference: Reference, what: str) -> list[Any]:
             revision=reference.revision,
             repo_type=reference.kind,
         )
-        return [entry for entry in entries if isinstance(entry, huggingface_hub.RepoFile)]
+        return [entry for entry in entries if hasattr(entry, "blob_id")]  # folders have none
 
     with hub_errors(what):  # the client has patience of its own here, and no timeout
         try:
@@ -125,7 +124,7 @@ def _tree(reference: Reference, what: str) -> list[Any]:
 def _files(reference: Reference, entries: Iterable[Any]) -> Iterable[tuple[str, HubFile]]:
     start = f"{reference.folder}/" if reference.folder else ""
     for entry in entries:
-        path = entry.path if isinstance(entry, huggingface_hub.RepoFile) else entry.rfilename
+        path = entry.path if hasattr(entry, "path") else entry.rfilename
         if {"", ".", ".."} & set(path.split("/")) or "\\" in path or "\0" in path:
             raise CheckpointError(f"{reference}: {path!r} is no path of a file in a repository")
         if path.startswith(start):

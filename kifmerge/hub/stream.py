@@ -200,7 +200,6 @@ class FileStream:
             with self._lock:  # whoever tries again pulls it again
                 self._shelf.blocks.pop((self, start), None)
             raise
-        self._tidy()
         return content
 
     def _note_read(self, block: _Block, num_bytes: int) -> None:

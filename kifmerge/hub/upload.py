@@ -96,7 +96,7 @@ def _upload_errors(what: str) -> Iterator[None]:
             f"{what}: the server takes no upload by Xet (HTTP {refusal[1]}): if it never does, set "
             "HF_HUB_DISABLE_XET=1 and run the same command again"
         ) from error
-    except (HFValidationError, json.JSONDecodeError):
+    except (HFValidationError, json.JSONDecodeError, UnicodeDecodeError):
         raise
     except ValueError as error:  # what the server says of an object that it does not take
         raise CheckpointError(f"{what}: {one_line(error)}") from error

@@ -82,6 +82,7 @@ def test_threads_share_one_transfer(hub, file):
     for thread in threads:
         thread.join()
     assert hub.pulled_bytes() == len(CONTENT)
+    assert len(hub.log) == 3
 
 
 def test_the_token_goes_to_the_hub_alone(hub, file):
