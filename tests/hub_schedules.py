@@ -17,7 +17,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,10 @@ SCENARIOS = {
     "push": WRITES,
     "hub to hub": (*READS, *WRITES),
 }
+# About how many there are.
+NUM_REQUESTS = {
+    "pull": 15, "merge, streamed": 100, "merge, downloaded": 40, "push": 15, "hub to hub": 160,
+}  # fmt: skip
 PASSING = (408, 429, 500, 502, 503, 504)
 LASTING = (400, 401, 403, 404, 409, 410, 412, 416, 418)
 TIMEOUT_SECONDS = 0.4
@@ -84,7 +88,10 @@ def schedule(seed: int) -> Schedule:
     number = chance.choice((1, 1, 2, 3, 4))
     interruption = None
     if chance.random() < 0.3:
-        interruption = chance.choice(("ctrl-c", "ctrl-c", "kill")), chance.randrange(1, 60)
+        interruption = (
+            chance.choice(("ctrl-c", "ctrl-c", "kill")),
+            chance.randrange(1, NUM_REQUESTS[scenario]),
+        )
     return Schedule(
         seed=seed,
         scenario=scenario,
@@ -99,9 +106,11 @@ def _fault(chance: random.Random, kinds: Sequence[str]) -> Fault:
     act = chance.choice(
         ("passing", "passing", "lasting", "reset", "expire", "range", "body", "body", "slow")
     )
+    kind = chance.choice((*kinds, None))
+    passed = {"cdn": (0, 1, 3, 8, 20), "resolve": (0, 1, 3, 6), None: (0, 2, 5, 12, 30)}
     how: dict[str, Any] = {
-        "kind": chance.choice((*kinds, None)),
-        "skip": chance.choice((0, 0, 1, 2, 3, 5, 8)),
+        "kind": kind,
+        "skip": chance.choice(passed.get(kind, (0, 0, 1, 2, 3))),
         # Beyond our patience, and beyond all.
         "times": chance.choice((1, 1, 1, 2, 3, 7, 40, None)),
     }
@@ -135,10 +144,17 @@ def _fault(chance: random.Random, kinds: Sequence[str]) -> Fault:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How it went: exit code of the first run (negative: killed), and what it told last."""
+    """How it went.
+
+    Attributes:
+        code: exit code of the first run; minus a signal that ended it.
+        told: what it told.
+        num_met: requests in which something went wrong.
+    """
 
     code: int
     told: str
+    num_met: int = 0
 
 
 class Ground:
@@ -172,6 +188,7 @@ class Ground:
             self._hub.fail(fault)
         with short_timeouts(), self._interrupted(schedule) as call:
             outcome = call()
+        outcome = replace(outcome, num_met=sum(row.fault is not None for row in self._hub.log))
         self._hub.mend()
         self._check(schedule, outcome, before, expected)
         if outcome.code < 0:
@@ -342,4 +359,5 @@ def told(schedule: Schedule, outcome: Outcome) -> str:
         for fault in schedule.faults
     )
     last = outcome.told.splitlines()[-1:] or [""]
-    return json.dumps([schedule.seed, schedule.scenario, outcome.code, faults_of, last[0]])
+    ended = [schedule.seed, schedule.scenario, outcome.code, outcome.num_met]
+    return json.dumps([*ended, faults_of, last[0]])

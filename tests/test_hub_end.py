@@ -61,6 +61,7 @@ def test_ctrl_c(hub, arguments, tmp_path, fetch, fault):
     assert "kifmerge: interrupted; " in stderr
     assert "Traceback" not in stderr
     assert not (tmp_path / "out").exists()
+    assert not list(Path(hub.env["HF_HUB_CACHE"]).rglob("*.incomplete"))
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import logging
@@ -31,6 +32,8 @@ from kifmerge.hub.ranges import REFUSALS, HubFile, file_address, is_of_hub
 from kifmerge.hub.reference import Reference
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+# What the client makes of a name for a process of its own; others could be gone on with.
+_UNFINISHED = re.compile(r"\.[0-9a-f]{8}\.incomplete$")
 _GIT_OID = re.compile(r"[0-9a-f]{40}")
 
 _calling = threading.local()
@@ -140,16 +143,30 @@ def _fetched(file: HubFile, say: Say) -> Path:
 
 
 def _fetch(file: HubFile, say: Say, *, anew: bool) -> Path:
-    what = f"fetching {file}"
     patience = Patience(say)
     while True:
         # Asked first by ourselves: the client has minutes of patience with a server that is gone.
         file_address(file, say)
         try:
-            with hub_errors(what):
+            with hub_errors(f"fetching {file}"):
                 return _call_client(file.reference, file.name, anew=anew)
         except PassingError as error:
             patience.endure(error)
+
+
+@atexit.register
+def _remove_unfinished() -> None:
+    """Where the process ends without the thread that fetches, the client cannot do it."""
+    with contextlib.suppress(OSError):  # not on every system
+        for link in Path("/proc/self/fd").iterdir():
+            with contextlib.suppress(OSError):
+                path = link.readlink()
+                if _UNFINISHED.search(path.name) and path.is_relative_to(_cache()):
+                    path.unlink()
+
+
+def _cache() -> Path:
+    return Path(constants.HF_HUB_CACHE).resolve()
 
 
 def _call_client(reference: Reference, name: str, *, anew: bool) -> Path:

@@ -15,7 +15,7 @@ from kifmerge.hub.background import in_own_thread, result_of
 from kifmerge.hub.client import Say, is_offline, silent
 from kifmerge.hub.download import cached_file, download, note_revision
 from kifmerge.hub.listing import WEIGHTS_SUFFIX, find_cached, list_files
-from kifmerge.hub.ranges import HubFile
+from kifmerge.hub.ranges import HubFile, NoRangesError
 from kifmerge.hub.reference import Reference
 from kifmerge.hub.stream import FileStream, Shelf
 
@@ -41,6 +41,7 @@ class HubFolder:
         reference: pinned to a commit.
         files: name -> file.
         shelf: what its streams share.
+        serves_ranges: False once whole files have come where ranges were asked for.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class HubFolder:
         self.fetch: Fetch = fetch
         self.say = say
         self.shelf = Shelf()
+        self.serves_ranges = True
         self._asked = asked or reference
         self._is_noted = False
         self._opened: dict[str, RemoteFile] = {}
@@ -146,11 +148,24 @@ class RemoteFile:
         return self._stream.is_unchecked
 
     def head(self, num_bytes: int) -> bytes:
-        """The first bytes, which do not settle how the others are read."""
-        if self._path is not None:
-            with self._path.open("rb") as stream:
-                return stream.read(num_bytes)
-        return self._stream.head(num_bytes)
+        """The first bytes, which do not settle how the others are read.
+
+        Raises:
+            CheckpointError: the file cannot be had.
+            TryAgainError: network or server failed, or what came is damaged.
+        """
+        if self._path is None and self._folder.serves_ranges:
+            try:
+                return self._stream.head(num_bytes)
+            except NoRangesError:
+                if self._folder.fetch == "stream":
+                    raise
+                self._folder.serves_ranges = False
+        if self._path is None:
+            self._path = self._brought()
+        content = bytearray(min(num_bytes, self.size))
+        _read_into(self._path, 0, memoryview(content))
+        return bytes(content)
 
     def expect(self, ranges: Iterable[tuple[int, int]]) -> None:
         """Tell which ranges will be read; those that follow one another are pulled together."""

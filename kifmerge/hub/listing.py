@@ -94,7 +94,8 @@ def list_files(
         raise CheckpointError(f"{what}: the Hub does not say which commit it is at")
     pinned = reference.pinned(info.sha)
     entries = info.siblings or []
-    if len(entries) >= _MOST_AT_ONCE or any(e.size is None or e.blob_id is None for e in entries):
+    is_known = all(entry.size is not None and entry.blob_id is not None for entry in entries)
+    if not 0 < len(entries) < _MOST_AT_ONCE or not is_known:
         entries = _tree(pinned, what)
     files = dict(_files(pinned, entries))
     if reference.folder and not files:

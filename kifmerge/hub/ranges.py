@@ -29,7 +29,10 @@ from kifmerge.hub.reference import Reference
 
 # What an address answers that has expired.
 REFUSALS = (401, 403, 404, 410)
-_OTHER_WAY = ": if this goes on, a proxy may be in the way: take --fetch download"
+_OTHER_WAY = (
+    ": if this goes on, a proxy may be in the way: fetch whole files, by --fetch download or into "
+    "the cache by `kifmerge pull`"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +90,10 @@ def _refuse_other(file: HubFile, size: int | None, etag: str | None) -> None:
             f"reading {file}: the listing says {file.size} bytes ({expected}), the file's own "
             f"answer {size} ({etag}): a proxy may hold another version"
         )
+
+
+class NoRangesError(PassingError):
+    """The whole file comes where a range was asked for."""
 
 
 class _RefusedAddressError(PassingError):
@@ -179,7 +186,7 @@ class RangeReader:
             raise PassingError(f"{what}: asked for {expected}, the answer is {found}{_OTHER_WAY}")
         # A proxy may leave out the range; what it sends then is the whole file.
         if status == 200 and (start, stop) != (0, self.file.size):
-            raise PassingError(
+            raise NoRangesError(
                 f"{what}: asked for a range, the answer is the whole file{_OTHER_WAY}"
             )
 

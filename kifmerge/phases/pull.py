@@ -26,12 +26,15 @@ from kifmerge.hub.client import Say, silent
 from kifmerge.hub.content import check_content
 from kifmerge.hub.download import cached_file, download_checked
 from kifmerge.hub.folder import HubFolder, open_hub_folder
-from kifmerge.hub.ranges import HubFile
+from kifmerge.hub.ranges import HubFile, RangeReader
 from kifmerge.hub.reference import parse_remote
 from kifmerge.hub.stream import BLOCK_BYTES, FileStream
 from kifmerge.phases.choosing import HIDDEN, is_pickle, left_out, named
 
 OnProgress = Callable[[int], None]
+
+# The Hub keeps no larger files in git.
+_MOST_AT_ONCE_BYTES = 1 << 24
 
 
 class Pull:
@@ -205,12 +208,7 @@ class _Progress:
 
 def _copy(file: HubFile, cached: Path | None, path: Path, progress: _Progress, say: Say) -> str:
     """Write a file, from the cache or from the Hub, and check it; returns its SHA-256."""
-    if cached is None:
-        stream = FileStream(file, say)
-        stream.expect([(0, file.size)])
-        read_into = stream.read_into
-    else:
-        read_into = LocalFile(cached).read_into
+    read_into = _from_hub(file, say) if cached is None else LocalFile(cached).read_into
     buffer, content = memoryview(bytearray(BLOCK_BYTES)), hashlib.sha256()
     with path.open("wb") as out:
         for start in range(0, file.size, BLOCK_BYTES):
@@ -224,6 +222,20 @@ def _copy(file: HubFile, cached: Path | None, path: Path, progress: _Progress, s
     if file.sha256 != content.hexdigest():
         _check(path, file)
     return content.hexdigest()
+
+
+def _from_hub(file: HubFile, say: Say) -> Callable[[int, memoryview], None]:
+    if file.sha256 is None and file.size <= _MOST_AT_ONCE_BYTES:
+        # What is kept in git comes whole: its server need not know ranges.
+        content = RangeReader(file, say).read(0, file.size)
+
+        def read_into(offset: int, view: memoryview) -> None:
+            view[:] = content[offset : offset + len(view)]
+
+        return read_into
+    stream = FileStream(file, say)
+    stream.expect([(0, file.size)])
+    return stream.read_into
 
 
 def _check(path: Path, file: HubFile) -> None:

@@ -221,12 +221,13 @@ class TestFound:
         hub.mend()
         stopped(Told(), 1, other, "other")
         wanted = {**MADE_BY, "options": {"version": "new"}}
-        assert hub.branches(OUT) == sorted([branch_of(), branch_of(other), "main"])
+        begun = f"{branch_of()}-begun"
+        hub.add_repo(OUT, {"config.json": b"{}"}, branch=begun)
         hub.fail(Fault(kind="refs", status=403))
         assert Told().to.find_made("kifmerge.json", lambda: wanted) is not None
-        assert len(hub.branches(OUT)) == 3
+        assert hub.branches(OUT) == sorted([branch_of(), branch_of(other), begun, "main"])
         assert Told().to.find_made("kifmerge.json", lambda: wanted) is not None
-        assert hub.branches(OUT) == [branch_of(other), "main"]
+        assert hub.branches(OUT) == sorted([branch_of(other), begun, "main"])
 
     def test_the_cache_is_left_alone(self, hub: LoopbackHub) -> None:
         told = Told()
@@ -297,6 +298,17 @@ class TestGoingOn:
         make(Told())
         assert hub.branches(OUT) == sorted([*(n.removeprefix(f"{OUT}@") for n in names), "main"])
 
+    @pytest.mark.parametrize("fault", [{"status": 403}, {"stall_at": 0, "stall_seconds": 3}])
+    def test_nobody_waits_to_tell_of_others(
+        self, hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch, fault: dict[str, Any]
+    ) -> None:
+        monkeypatch.setattr(work_branch_module, "_TIDYING_SECONDS", 0.5)
+        hub.fail(Fault(kind="refs", **fault))
+        start = time.monotonic()
+        make(Told())
+        assert time.monotonic() - start < 2.5
+        assert hub_merges.content_of(hub, OUT) == whole()
+
     def test_one_work_per_branch(self) -> None:
         other = Target(repo_id=OUT, branch="v2")
         names = {branch_of(), branch_of({"other": 1}), branch_of(target=other)}
@@ -323,6 +335,15 @@ class TestGoingOn:
             "another", "kifmerge-unfinished-busy", "kifmerge-unfinished-file",
             "kifmerge-unfinished-young",
         ]  # fmt: skip
+
+    def test_not_the_folder_of_one_at_work(self, hub: LoopbackHub) -> None:
+        def look(making: RepositoryWork) -> None:
+            os.utime(making.directory.parent, (time.time() - 3600,) * 2)
+            Told().to.find_made("kifmerge.json", lambda: MADE_BY)
+            add(making, NAMES[0])
+
+        with pytest.raises(KeyboardInterrupt):
+            fill(look)
 
 
 def fail_at_the_end(hub: LoopbackHub) -> str:
@@ -455,10 +476,17 @@ def committing(hub: LoopbackHub) -> Iterator[None]:
 
 class TestStale:
     def test_what_the_hub_lists_counts_and_not_the_cache(self, hub: LoopbackHub) -> None:
-        """A cache that holds a part of the earlier model, and a moment without an answer."""
-        hub.add_repo(OUT, {**whole("old"), "model-00003-of-00003.safetensors": b"old"})
-        hf_hub_download(OUT, "config.json")
-        hub.fail(Fault(kind="info", match=f"*/revision/{hub.head(OUT)}", status=503, times=2))
+        """The cache holds a part of the earlier model, which seems whole, and nobody answers."""
+        more = {"model-00003-of-00003.safetensors": b"old"}
+        old = {name: text for name, text in whole("old").items() if name != INDEX}
+        head = hub.add_repo(OUT, {**old, **more})
+        for name in ("config.json", NAMES[0]):
+            hf_hub_download(OUT, name)
+        hub.fail(Fault(kind="info", match=f"*/revision/{head}", status=503, times=None))
+        with pytest.raises(TryAgainError, match="2 finished files are kept"):
+            make(Told())
+        assert hub.head(OUT) == head
+        hub.mend()
         make(Told())
         assert hub_merges.content_of(hub, OUT) == whole()
 

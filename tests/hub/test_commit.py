@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from loopback import OTHER_TOKEN, READ_TOKEN, WRITE_TOKEN, Fault, LoopbackHub
+from loopback.store import Store
 
 from kifmerge.errors import CheckpointError, TryAgainError
 from kifmerge.hub import client
@@ -233,6 +234,18 @@ class TestCommits:
         assert (hub.pushed_bytes(), hub.pulled_bytes()) == (0, 0)
         assert len(hub.commits(REPO)) == 2
         assert not push(SMALL, copies=copies).is_new
+
+    def test_a_commit_is_compared_with_what_was_sent(
+        self, hub: LoopbackHub, there: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A server that keeps something else."""
+        add = Store.add_regular
+        monkeypatch.setattr(Store, "add_regular", lambda store, data: add(store, data + b" "))
+        with pytest.raises(CheckpointError) as caught:
+            push({"config.json": b"[]", **BIG}, removals=["kept.txt"])
+        first, *problems = str(caught.value).splitlines()
+        assert f"/commit/{hub.head(REPO)} is not what was sent" in first
+        assert problems == ["  - config.json: another content"]
 
     def test_copies_over_another_of_the_same_size(self, hub: LoopbackHub) -> None:
         first, second = (BIG[f"model-{number}.safetensors"] for number in (1, 2))

@@ -255,6 +255,22 @@ class TestReading:
         assert time.monotonic() - begun < 2
         timer.join()
 
+    @pytest.mark.parametrize("fetch", ["auto", "download", "stream"])
+    def test_a_server_that_knows_no_ranges(self, hub, fetch):
+        files = {f"{number}.safetensors": WEIGHTS[number:] for number in range(3)}
+        hub.add_repo("org/b", files)
+        hub.fail(Fault(kind="cdn", ignore_range=True, times=None))
+        folder = opened("org/b", fetch)
+        if fetch == "stream":
+            with pytest.raises(TryAgainError, match=r"the whole file: .* --fetch download"):
+                folder.open("0.safetensors").head(8)
+            return
+        for name, content in files.items():
+            assert folder.open(name).head(8) == content[:8]
+            assert read(folder.open(name), 5, 90_000) == content[5:90_000]
+        # It is not asked for ranges again and again.
+        assert len([row for row in hub.log if row.kind == "cdn" and row.range]) == 6
+
     def test_unchecked_files_are_told(self, hub, commit):
         folder = opened()
         folder.shelf.most_blocks = 1
@@ -336,6 +352,7 @@ class TestNetworkDown:
         assert told == [
             f"reading org/a: no connection: taking what the cache holds, org/a@{commit}"
         ]
+        assert [row.kind for row in hub.log if row.fault] == ["info"]
 
     def test_a_server_in_trouble_is_asked_again_first(self, hub, commit):
         snapshot_download("org/a")

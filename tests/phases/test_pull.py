@@ -293,7 +293,8 @@ class TestPull:
         assert not (tmp_path / "out").exists()
 
     def test_progress_reaches_the_end_and_no_further(self, hub, commit, tmp_path, where):
-        hub.fail(Fault(match="model.safetensors", method="GET", corrupt_file_at=9_000_000))
+        root = Path(snapshot_download("org/a"))
+        (root / "model.safetensors").resolve().write_bytes(WEIGHTS[:-1] + b"\0")
         steps = []
         pull = Pull("org/a")
         pull.run(None if where == "cache" else tmp_path / "out", on_progress=steps.append)
@@ -324,6 +325,13 @@ class TestFolder:
         hub.add_repo("org/m", made)
         Pull("org/m").run(tmp_path / "out")
         assert content(tmp_path / "out") == content(made)
+
+    def test_files_in_git_may_come_without_ranges(self, hub, tmp_path):
+        files = {"merges.txt": remote.noise("merges", 6_000_000), "model.safetensors": WEIGHTS}
+        hub.add_repo("org/b", files)
+        hub.fail(Fault(kind="resolve", ignore_range=True, times=None))
+        Pull("org/b").run(tmp_path / "out")
+        assert content(tmp_path / "out") == files
 
     def test_files_of_the_cache_are_copied(self, hub, commit, tmp_path):
         snapshot_download("org/a")
