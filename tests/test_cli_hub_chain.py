@@ -24,6 +24,8 @@ from kifmerge.phases.model import ModelOptions, load_model
 from kifmerge.phases.scratch import make_base
 from kifmerge.phases.tokenizer import TokenizerOptions
 
+pytestmark = pytest.mark.slow  # hundreds of requests
+
 COMMAND = Path(sys.executable).with_name("kifmerge")
 LLAMA = ModelOptions(
     kind="causal-lm",

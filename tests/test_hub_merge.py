@@ -17,6 +17,8 @@ from huggingface_hub import constants
 from loopback import OTHER_TOKEN, LoopbackHub
 from phases import test_merge_adapters as adapters
 
+pytestmark = pytest.mark.slow  # hundreds of requests
+
 FETCHES = ("auto", "download", "stream")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import math
 import os
 import signal
@@ -22,6 +23,7 @@ from hub_merges import Published, Result, Watched
 from huggingface_hub import constants
 from loopback import OTHER_TOKEN, READ_TOKEN, Fault, LoopbackHub
 
+pytestmark = pytest.mark.slow  # hundreds of requests
 
 OUT = "org/out"
 OLD = {
@@ -78,6 +80,15 @@ class Clean:
 
     def run(self, repo_id: str = OUT) -> Result:
         return self.published.run(f"hf://{repo_id}", "--fetch", "stream")
+
+    def command(self) -> subprocess.Popen[bytes]:
+        """The same in a process of its own."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "kifmerge", *map(str, self.published.arguments()),
+             "--out", f"hf://{OUT}", "--fetch", "stream"],
+            env={**os.environ, **self.hub.env, "TMPDIR": tempfile.gettempdir()},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
 
     def interrupted(self, number: int, repo_id: str = OUT) -> Result:
         """By Ctrl-C when it asks for a change."""
@@ -226,7 +237,17 @@ class TestOneChange:
         record.write_bytes(hub.read(OUT, "kifmerge.json"))
         arguments = ("merge", record, "--out", two.folder / "again")
         assert hub_merges.kifmerge(*arguments, "--fetch", "stream").code == 0
-        assert faults.content(two.folder / "again") == hub_merges.content_of(hub, OUT)
+        published = hub_merges.content_of(hub, OUT)
+        assert faults.content(two.folder / "again") == published
+        arguments = ("merge", record, "--out", "hf://org/again")
+        assert hub_merges.kifmerge(*arguments, "--fetch", "stream").code == 0
+        assert hub_merges.content_of(hub, "org/again") == published
+        told = json.loads(record.read_text())
+        told["files"]["model-00001-of-00003.safetensors"]["sha256"] = "0" * 64
+        record.write_text(json.dumps(told))
+        refused = hub_merges.kifmerge("merge", record, "--out", "hf://org/other")
+        assert (refused.code, "not what came of them" in refused.err) == (3, True)
+        assert (hub.branches("org/other"), len(hub.commits("org/other"))) == (["main"], 1)
 
 
 class TestInterrupted:
@@ -276,23 +297,33 @@ class TestInterrupted:
 
     @pytest.mark.slow
     @pytest.mark.parametrize("number", [3, 8])
-    def test_by_a_kill_of_the_command(
-        self, clean: Clean, hub: LoopbackHub, tmp_path: Path, number: int
-    ) -> None:
-        temporary = tmp_path / "temporary"
+    def test_by_a_kill_of_the_command(self, clean: Clean, hub: LoopbackHub, number: int) -> None:
         hub.clear_log()
-        process = subprocess.Popen(
-            [sys.executable, "-m", "kifmerge", *map(str, clean.published.arguments()),
-             "--out", f"hf://{OUT}", "--fetch", "stream"],
-            env={**os.environ, **hub.env, "TMPDIR": str(temporary)},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+        process = clean.command()
         with hub_merges.at_change(hub, number, process.kill):
             told = process.communicate(timeout=60)[0]
         assert process.returncode == -signal.SIGKILL, told
         clean.check_nothing_new()
-        age(temporary)
+        age(Path(tempfile.gettempdir()))
         clean.check_finished(clean.run())
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("part_bytes", [None, 5000])
+    def test_ctrl_c_does_not_wait_for_a_slow_line(
+        self, clean: Clean, hub: LoopbackHub, part_bytes: int | None
+    ) -> None:
+        hub.part_bytes = part_bytes
+        hub.fail(Fault(kind="put", rate=500.0))
+        process = clean.command()
+        faults.wait_for(lambda: any(row.path.startswith(f"/{OUT}/") for row in hub.log))
+        started = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        told = process.communicate(timeout=60)[0]
+        assert time.monotonic() - started < 8, "it would take half a minute"
+        assert process.returncode == 130
+        assert f"interrupted; nothing is kept, {OUT} is as it was\n" in told.decode()
+        hub.mend()
+        clean.check_finished(clean.run(), most_bytes=3 * clean.pushed_bytes)
 
     @pytest.mark.parametrize("after_act", [False, True], ids=["before", "after"])
     def test_by_a_network_that_goes(self, clean: Clean, hub: LoopbackHub, after_act: bool) -> None:

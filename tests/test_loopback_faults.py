@@ -19,6 +19,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import get_session
 from loopback import WRITE_TOKEN, Fault, LoopbackHub
 
+pytestmark = pytest.mark.slow  # hundreds of requests
+
 WEIGHTS = hashlib.shake_256(b"weights").digest(300_000)
 FILES = {"model.safetensors": WEIGHTS, "config.json": b"{}"}
 RESET = "reset by peer"

@@ -56,6 +56,11 @@ class Work(Protocol):
 class Destination(Protocol):
     """Where a made folder goes."""
 
+    @property
+    def repository(self) -> str | None:
+        """The repository that it goes to; None for a folder on this disk."""
+        ...
+
     def refuse_inputs(self, parents: Iterable[Folder | None]) -> None:
         """Refuse inputs that would be overwritten.
 
@@ -101,6 +106,11 @@ class LocalDestination:
     path: Path
     resume: bool = False
     overwrite: bool = False
+
+    @property
+    def repository(self) -> str | None:
+        """None."""
+        return None
 
     def refuse_inputs(self, parents: Iterable[Folder | None]) -> None:
         """Refuse to be one of them, or to hold one."""

@@ -72,6 +72,11 @@ class RepositoryDestination:
     message: str = "Merge with kifmerge"
     say: Say = silent
 
+    @property
+    def repository(self) -> str | None:
+        """Its name, with the branch if it is not the main one."""
+        return str(self.target)
+
     def refuse_inputs(self, parents: Iterable[Folder | None]) -> None:
         """Nothing: inputs are pinned to commits, which stay."""
 

@@ -11,6 +11,7 @@ from kifmerge.errors import CheckpointError
 from kifmerge.hub.reference import SCHEME, Reference, parse_reference, parse_remote
 from kifmerge.phases.equations import equation
 from kifmerge.phases.inputs import EVIDENCE_ENDS
+from kifmerge.phases.licence import Licence
 from kifmerge.phases.report import Report, report_tables
 
 MARK = (
@@ -33,8 +34,10 @@ def model_card(
     library_name: str,
     made_by: Mapping[str, Any],
     figures: Mapping[str, Any],
+    repository: str | None = None,
+    licence: Licence | None = None,
 ) -> str:
-    """The card of a merge, as it stands in the folder that was made.
+    """The card of a merge, as it stands in the folder or the repository that was made.
 
     Args:
         base_models: references of the models that it derives from; those on the Hub are named in
@@ -42,6 +45,8 @@ def model_card(
         library_name: ``transformers`` or ``peft``.
         made_by: of the merge, see :func:`kifmerge.checkpoint.provenance.made_by`.
         figures: thresholds, shares and counts.
+        repository: that it goes to; None for a folder, of which push writes the whole card.
+        licence: of what goes there.
     """
     repositories = dict.fromkeys(filter(None, map(_repository, base_models)))
     relation = "adapter" if library_name == "peft" else "merge"
@@ -49,9 +54,15 @@ def model_card(
         "base_model": list(repositories),
         "base_model_relation": relation if repositories else None,
         "library_name": library_name,
+        **({} if licence is None else licence.front),
         "tags": ["merge", "kifmerge"],
     }
-    return card(front, title_of(made_by), [merge_section(made_by, figures)])
+    sections = [
+        merge_section(made_by, figures),
+        f"## Licence\n\n{licence.note}" if licence is not None and licence.note else "",
+        "" if repository is None else rebuild_section(repository, made_by),
+    ]
+    return card(front, title_of(made_by), sections)
 
 
 def card(front: Mapping[str, Any], title: str, sections: Sequence[str]) -> str:

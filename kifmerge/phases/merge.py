@@ -31,11 +31,13 @@ from kifmerge.errors import (
     check_at_least,
     check_choices,
 )
+from kifmerge.hub.folder import HubFolder
 from kifmerge.phases.card import model_card
 from kifmerge.phases.fetching import settle
 from kifmerge.phases.fuse import OnProgress
 from kifmerge.phases.fuse_files import fuse_files
 from kifmerge.phases.inputs import HistoricalParent, MergeInputs, OpenInputs
+from kifmerge.phases.licence import find_licence
 from kifmerge.phases.meaning import Difference
 from kifmerge.phases.parents import refuse_unexpected
 from kifmerge.phases.rules import FusionOptions
@@ -348,18 +350,28 @@ class Merge:
             copy_companions(self.inputs.config_from or self._open.like.directory, work.directory)
             if self.options.dtype is not None:
                 tell_dtype(work.directory / "config.json", self.options.dtype)
-            write_text(work.directory / "README.md", self._card(wanted, figures))
+            write_text(work.directory / "README.md", self._card(wanted, figures, out.repository))
             write_provenance(work.directory, provenance)
         return figures, True
 
-    def _card(self, wanted: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
+    def _card(
+        self, wanted: Mapping[str, Any], figures: Mapping[str, Any], repository: str | None
+    ) -> str:
         like = self._open.like
         adapter_base = like.adapter_config.get("base_model_name_or_path")
         base = [] if self.inputs.base is None else [self.inputs.base]
-        references = [str(path) for path in [*base, *self.inputs.models.values()]]
+        folders = dict.fromkeys([*base, *self.inputs.models.values()])
+        licence = None
+        if repository is not None:
+            on_hub = [folder.reference for folder in folders if isinstance(folder, HubFolder)]
+            licence = find_licence(on_hub)
+            if licence.is_doubtful:
+                warnings.warn(f"{licence.note} Set one in the card's front matter", stacklevel=3)
         return model_card(
-            base_models=[adapter_base] if adapter_base else list(dict.fromkeys(references)),
+            base_models=[adapter_base] if adapter_base else [str(folder) for folder in folders],
             library_name="peft" if like.is_adapter else "transformers",
             made_by=wanted,
             figures=figures,
+            repository=repository,
+            licence=licence,
         )

@@ -20,6 +20,8 @@ from kifmerge.hub import client
 from kifmerge.hub.folder import open_hub_folder
 from kifmerge.hub.reference import parse_remote
 
+pytestmark = pytest.mark.slow  # hundreds of requests
+
 SHAPES = {
     "a.large": (1500, 1000),
     "b.small": (7,),

@@ -22,6 +22,8 @@ from kifmerge.hub.commit import (
 )
 from kifmerge.hub.target import Standing, look_up
 
+pytestmark = pytest.mark.slow  # hundreds of requests
+
 REPO = "org/made"
 TARGET = Target(repo_id=REPO)
 BIG = {f"model-{n}.safetensors": hashlib.shake_256(b"%d" % n).digest(200_000) for n in (1, 2, 3)}

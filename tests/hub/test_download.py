@@ -26,6 +26,8 @@ from kifmerge.hub.download import (
 )
 from kifmerge.hub.reference import parse_remote
 
+pytestmark = pytest.mark.slow  # hundreds of requests
+
 CONTENT = remote.noise("download", 2_000_000)
 
 

@@ -15,6 +15,8 @@ from kifmerge.hub import client
 from kifmerge.hub.client import FIRST_WAIT_SECONDS, PassingError
 from kifmerge.hub.ranges import RangeReader, file_address
 
+pytestmark = pytest.mark.slow  # hundreds of requests
+
 CONTENT = remote.noise("ranges", 3_000_000)
 START, STOP = 100_000, 2_900_000
 

@@ -10,7 +10,7 @@ import folders
 import hub_merges
 import pytest
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import constants, hf_hub_download
 from loopback import LoopbackHub
 
 from kifmerge.checkpoint.folder import Fetch
@@ -169,8 +169,10 @@ class TestChoice:
         asked = with_room(monkeypatch, 10**9)
         settled(source)
         cache = Path(hub.env["HF_HUB_CACHE"])
-        assert asked
-        assert all(path in (cache, *cache.parents) and path.exists() for path in asked)
+        assert asked == [cache]
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache / "not/there/yet"))
+        settled(source)
+        assert asked == [cache, cache]
 
     @pytest.mark.parametrize("fetch", ["download", "stream"])
     def test_as_told(self, hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch, fetch: Fetch) -> None:

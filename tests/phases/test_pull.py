@@ -24,6 +24,8 @@ from kifmerge.errors import CheckpointError, RunError, TryAgainError
 from kifmerge.phases.choosing import is_pickle, left_out
 from kifmerge.phases.pull import Pull
 
+pytestmark = pytest.mark.slow  # hundreds of requests
+
 WEIGHTS = remote.noise("pull", 9_500_000)
 WANTED = {
     "README.md": b"# Card\n",
