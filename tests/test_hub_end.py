@@ -67,14 +67,18 @@ def test_ctrl_c(hub, arguments, tmp_path, fetch, fault):
 @pytest.mark.slow
 @pytest.mark.parametrize("fetch", ["stream", "download"])
 def test_failure(hub, arguments, tmp_path, fetch):
-    # One worker meets NaN while the other waits for the next shard of another model.
-    match = "org/one/model-00002*"
-    hub.fail(Fault(kind="cdn", match=match, stall_at=0, stall_seconds=40, skip=1, times=None))
-    started = time.monotonic()
-    with begun(hub, *arguments, "--fetch", fetch, "--workers", 2) as process:
-        stdout, stderr = process.communicate()
-    assert time.monotonic() - started < 30
-    assert any(row.fault for row in hub.log)
-    assert (process.returncode, stdout) == (3, "")
-    assert "a.weight" in stderr
-    assert not (tmp_path / "out").exists()
+    # One worker meets NaN while the other waits for the next shard of another model: nearly always.
+    for _ in range(5):
+        hub.mend()
+        match = "org/one/model-00002*"
+        hub.fail(Fault(kind="cdn", match=match, stall_at=0, stall_seconds=40, skip=1, times=None))
+        started = time.monotonic()
+        with begun(hub, *arguments, "--fetch", fetch, "--workers", 2) as process:
+            stdout, stderr = process.communicate()
+        assert time.monotonic() - started < 30
+        assert (process.returncode, stdout) == (3, "")
+        assert "a.weight" in stderr
+        assert not (tmp_path / "out").exists()
+        if any(row.fault for row in hub.log):
+            return
+    pytest.fail("no worker ever waited")

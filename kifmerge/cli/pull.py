@@ -9,7 +9,7 @@ import typer
 
 from kifmerge.cli.options import DryRunOption, JsonOption, QuietOption, ReplaceOption
 from kifmerge.cli.output import print_mapping
-from kifmerge.cli.reporting import print_result, reporting
+from kifmerge.cli.reporting import opener, print_result, reporting
 
 
 def pull(
@@ -43,7 +43,7 @@ def pull(
         raise typer.BadParameter("--resume and --overwrite go with --out")
     from kifmerge.phases.pull import Pull
 
-    pulling = Pull(reference, patterns=file or (), say=_hush if quiet else _say)
+    pulling = Pull(reference, patterns=file or (), say=opener("stream", quiet=quiet).say)
     plan = pulling.plan()
     if dry_run:
         print_mapping(plan, json_output=json_output)
@@ -53,11 +53,3 @@ def pull(
             out, overwrite=overwrite, resume=resume, on_progress=on_progress
         )
     print_result(directory, figures, is_new=is_new, json_output=json_output, quiet=quiet)
-
-
-def _say(text: str) -> None:
-    typer.echo(f"kifmerge: {text}", err=True)
-
-
-def _hush(text: str) -> None:
-    pass

@@ -22,6 +22,10 @@ def opener(fetch: Fetch, *, quiet: bool) -> Folders:
     """What opens references; talks on stderr, unless quiet."""
     from kifmerge.checkpoint.folder import Folders
 
+    if quiet:
+        from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
+
+        disable_progress_bars()
     return Folders(fetch, _hush if quiet else _say)
 
 
