@@ -226,9 +226,18 @@ def press_ctrl_c() -> None:
 @contextlib.contextmanager
 def nothing_left_running() -> Iterator[None]:
     """Wait in the end until what nobody waits for any more is over."""
-    background.in_background(int).result()  # all of its threads are there now
+    wait_for_threads()
     yield
-    faults.wait_for(lambda: _num_threads() <= background._NUM_THREADS)
+    wait_for_threads()
+
+
+def wait_for_threads() -> None:
+    """Wait until all threads of the client's own have nothing to do."""
+    num = background._NUM_THREADS
+    together = threading.Barrier(num)
+    for future in [background.in_background(together.wait) for _ in range(num)]:
+        future.result()
+    faults.wait_for(lambda: _num_threads() <= num)
 
 
 def _num_threads() -> int:

@@ -104,7 +104,7 @@ def schedule(seed: int) -> Schedule:
 
 def _fault(chance: random.Random, kinds: Sequence[str]) -> Fault:
     act = chance.choice(
-        ("passing", "passing", "lasting", "reset", "expire", "range", "body", "body", "slow")
+        ("passing", "passing", "lasting", "reset", "expire", "range", "body", "corrupt", "slow")
     )
     kind = chance.choice((*kinds, None))
     passed = {"cdn": (0, 1, 3, 8, 20), "resolve": (0, 1, 3, 6), None: (0, 2, 5, 12, 30)}

@@ -12,7 +12,7 @@ import typer
 
 from kifmerge.cli.options import DryRunOption, JsonOption, QuietOption
 from kifmerge.cli.output import print_mapping
-from kifmerge.cli.reporting import as_usage, reporting
+from kifmerge.cli.reporting import as_usage, opener, reporting
 
 
 def push(
@@ -78,10 +78,7 @@ def push(
             report_dir=report,
         )
 
-    def say(text: str) -> None:
-        if not quiet:
-            typer.echo(f"kifmerge: {text}", err=True)
-
+    say = opener("auto", quiet=quiet).say
     target = replace(target, branch=branch or target.branch)
     with reporting("uploading", 1, quiet=quiet), _bars(shown=sys.stderr.isatty() and not quiet):
         publication = Publication(directory, target, options, say=say)

@@ -19,6 +19,8 @@ from kifmerge.phases.presets import KifOptions, RecurrentOptions
 from kifmerge.phases.trainer import RecurrentTrainer
 from kifmerge.tensor.importance import ImportanceAccumulator
 
+pytestmark = pytest.mark.slow  # whole trainings
+
 
 class Trainer(KifMixin, RecurrentTrainer):
     """A stock Trainer that can be trained as KIF wants it."""

@@ -16,6 +16,8 @@ from kifmerge.phases.presets import PRESETS, RecurrentOptions
 from kifmerge.phases.recurrent import RecurrentRounds
 from kifmerge.phases.trainer import RecurrentMixin
 
+pytestmark = pytest.mark.slow  # whole trainings
+
 SHORT = RecurrentOptions(inner_steps=2, outer_steps=1)
 MEMORY = tiny.rows(8, seed=1)
 ADAPTER_FILE = "adapter_model.safetensors"

@@ -23,6 +23,8 @@ from kifmerge.phases.train import (
     training_arguments,
 )
 
+pytestmark = pytest.mark.slow  # whole trainings
+
 ROWS = [
     Example(str(number), "", row["text"], row["label"])
     for number, row in enumerate(synthetic.rows("colours", 20))
