@@ -37,3 +37,4 @@ bench: setup
 	$(PYTHON) tests/bench/importance_memory.py
 	$(PYTHON) tests/bench/merge_cost.py
 	$(PYTHON) tests/bench/prune_cost.py
+	$(PYTHON) tests/bench/hub_cost.py

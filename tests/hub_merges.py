@@ -181,6 +181,11 @@ def content_of(hub: LoopbackHub, repo_id: str, revision: str = "main") -> dict[s
     return {p: hub.read(repo_id, p, revision) for p in paths if p != ".gitattributes"}
 
 
+def but_for_card(files: dict[str, bytes]) -> dict[str, bytes]:
+    """All files but the card, which names the repository that it is in."""
+    return {name: content for name, content in files.items() if name != "README.md"}
+
+
 def is_change(row: Row) -> bool:
     """Whether a request asks to change something."""
     return row.kind in CHANGES and row.method in ("POST", "PUT", "DELETE")

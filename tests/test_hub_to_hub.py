@@ -81,6 +81,11 @@ class Clean:
     def run(self, repo_id: str = OUT) -> Result:
         return self.published.run(f"hf://{repo_id}", "--fetch", "stream")
 
+    def made(self, repo_id: str) -> dict[str, bytes]:
+        """What it makes there: the card names the repository."""
+        card = self.content["README.md"].replace(b"org/clean", repo_id.encode())
+        return {**self.content, "README.md": card}
+
     def command(self) -> subprocess.Popen[bytes]:
         """The same in a process of its own."""
         return subprocess.Popen(
@@ -100,14 +105,14 @@ class Clean:
         """A reader finds no part of the new model."""
         if self.hub.has_repo(repo_id):
             found = hub_merges.content_of(self.hub, repo_id)
-            assert found in ({}, self.content)
+            assert found in ({}, self.made(repo_id))
 
     def check_finished(
         self, result: Result, repo_id: str = OUT, *, most_bytes: int | None = None
     ) -> None:
         """As if nothing had happened, and nothing sent twice but for one file."""
         assert result.code == 0, result.err
-        assert hub_merges.content_of(self.hub, repo_id) == self.content
+        assert hub_merges.content_of(self.hub, repo_id) == self.made(repo_id)
         assert self.hub.branches(repo_id) == ["main"]
         assert len(self.hub.commits(repo_id)) == 2
         sent = sum(
@@ -134,7 +139,9 @@ class TestOneChange:
             result = two.run(f"hf://{OUT}", "--fetch", "stream", "--json")
         watched.see()
         assert result.code == 0, result.err
-        assert hub_merges.content_of(hub, OUT) == expected
+        found = hub_merges.content_of(hub, OUT)
+        assert hub_merges.but_for_card(found) == hub_merges.but_for_card(expected)
+        assert f"kifmerge pull {OUT} --out".encode() in found["README.md"]
         assert len(watched.heads) == len(hub.commits(OUT)) == 2
         assert hub.branches(OUT) == ["main"]
         assert not hub.is_private(OUT)
@@ -237,11 +244,11 @@ class TestOneChange:
         record.write_bytes(hub.read(OUT, "kifmerge.json"))
         arguments = ("merge", record, "--out", two.folder / "again")
         assert hub_merges.kifmerge(*arguments, "--fetch", "stream").code == 0
-        published = hub_merges.content_of(hub, OUT)
-        assert faults.content(two.folder / "again") == published
+        published = hub_merges.but_for_card(hub_merges.content_of(hub, OUT))
+        assert hub_merges.but_for_card(faults.content(two.folder / "again")) == published
         arguments = ("merge", record, "--out", "hf://org/again")
         assert hub_merges.kifmerge(*arguments, "--fetch", "stream").code == 0
-        assert hub_merges.content_of(hub, "org/again") == published
+        assert hub_merges.but_for_card(hub_merges.content_of(hub, "org/again")) == published
         told = json.loads(record.read_text())
         told["files"]["model-00001-of-00003.safetensors"]["sha256"] = "0" * 64
         record.write_text(json.dumps(told))
@@ -489,7 +496,7 @@ def check_lost(clean: Clean, repo_id: str, number: int, *, after_act: bool) -> N
     assert len([line for line in result.lines if "created" not in line]) >= 1
     hub.mend()
     done = hub_merges.content_of(hub, repo_id) if hub.has_repo(repo_id) else {}
-    if done != clean.content:
+    if done != clean.made(repo_id):
         assert result.code == 4, result.err
     assert hub_merges.temporary_names() == []
     clean.check_finished(clean.run(repo_id), repo_id)
