@@ -131,9 +131,11 @@ def _fault(chance: random.Random, kinds: Sequence[str]) -> Fault:
             how |= {chance.choice(("ignore_range", "wrong_range")): True}
             how["kind"] = chance.choice(("cdn", "resolve"))
         case "body":
-            how[chance.choice(("truncate_at", "reset_at", "corrupt_at", "corrupt_file_at"))] = (
-                offset
-            )
+            how[chance.choice(("truncate_at", "reset_at"))] = offset
+        case "corrupt":
+            how[chance.choice(("corrupt_at", "corrupt_file_at"))] = offset
+            # Answers that are no contents are mostly found out by whoever parses them.
+            how["kind"] = chance.choice((kind, "cdn", "cdn", "put"))
         case "slow":
             # What takes time takes it rarely.
             how["times"] = chance.choice((1, 2))

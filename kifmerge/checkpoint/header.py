@@ -7,7 +7,7 @@ A file is 8 bytes of header length, a JSON header, and the tensors in offset ord
 Knowing where each tensor lies, any part of it can be read, or written, on its own.
 
 References:
-    https://huggingface.co/docs/safetensors (format).
+    The format as the safetensors library documents it.
 """
 
 from __future__ import annotations

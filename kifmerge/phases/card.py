@@ -22,7 +22,7 @@ MARK = (
 _TEMPLATE_TITLE = "# Model Card for Model ID"
 _TEMPLATE_BLANK = "[More Information Needed]"
 _NUM_BLANKS = 39
-_PROJECT = "[kifmerge](https://pypi.org/project/kifmerge/)"
+_PROJECT = "kifmerge"
 # Of a list in a table of facts; longer ones are counted.
 _MOST_SHOWN = 20
 _DIGEST_SHOWN = 12
