@@ -85,7 +85,7 @@ def schedule(seed: int) -> Schedule:
     chance = random.Random(seed)
     scenario = list(SCENARIOS)[seed % len(SCENARIOS)]
     kinds = SCENARIOS[scenario]
-    number = chance.choice((1, 1, 2, 3, 4))
+    number = chance.choice((1, 1, 1, 2, 2, 3, 4))
     interruption = None
     if chance.random() < 0.3:
         interruption = (
@@ -104,10 +104,14 @@ def schedule(seed: int) -> Schedule:
 
 def _fault(chance: random.Random, kinds: Sequence[str]) -> Fault:
     act = chance.choice(
-        ("passing", "passing", "lasting", "reset", "expire", "range", "body", "corrupt", "slow")
+        ("passing", "passing", "lasting", "reset", "expire", "range", "body", "slow")
+        + ("corrupt", "corrupt", "corrupt")
     )
     kind = chance.choice((*kinds, None))
-    passed = {"cdn": (0, 1, 3, 8, 20), "resolve": (0, 1, 3, 6), None: (0, 2, 5, 12, 30)}
+    if act == "corrupt" and chance.random() < 0.8:
+        # Any other answer that is damaged is mostly found out by whoever parses it.
+        kind = "cdn" if "cdn" in kinds else "put"
+    passed = {"cdn": (0, 3, 12, 30, 50), "resolve": (0, 1, 3, 6), None: (0, 2, 5, 12, 30, 60)}
     how: dict[str, Any] = {
         "kind": kind,
         "skip": chance.choice(passed.get(kind, (0, 0, 1, 2, 3))),
@@ -134,8 +138,6 @@ def _fault(chance: random.Random, kinds: Sequence[str]) -> Fault:
             how[chance.choice(("truncate_at", "reset_at"))] = offset
         case "corrupt":
             how[chance.choice(("corrupt_at", "corrupt_file_at"))] = offset
-            # Answers that are no contents are mostly found out by whoever parses them.
-            how["kind"] = chance.choice((kind, "cdn", "cdn", "put"))
         case "slow":
             # What takes time takes it rarely.
             how["times"] = chance.choice((1, 2))
@@ -172,8 +174,12 @@ class Ground:
         self._hub = hub
         self._merge = hub_merges.two_sided(folder, hub)
         self._several = hub_merges.several(folder / "several", hub)
-        self._made = folder / "made"
+        self._made, several = folder / "made", folder / "several/made"
         assert self._merge.run(self._made, place=f"{folder}/").code == 0
+        assert self._several.run(several, place=f"{folder}/several/").code == 0
+        # Scenario -> a folder with the weights that it comes to, made without the Hub.
+        self._right = dict.fromkeys(SCENARIOS, self._made)
+        self._right |= {"pull": folder / "base", "merge, downloaded": several}
         self._clean: dict[tuple[str, bool], dict[str, bytes]] = {}
 
     def run(self, schedule: Schedule) -> Outcome:
@@ -212,7 +218,8 @@ class Ground:
             result = self._command(schedule)
             assert result.code == 0, result.err
             found = self._found(schedule)
-            assert found
+            weights = _weights(faults.content(self._right[schedule.scenario]))
+            assert weights.items() <= _weights(found).items()
             self._clean[key] = found
             self._check_nothing_left(schedule)
             self._tidy()
@@ -337,6 +344,10 @@ class Ground:
         if self._hub.has_repo(OUT):
             store.delete(store.repo(OUT, "model"))
         self._hub.clear_log()
+
+
+def _weights(files: dict[str, bytes]) -> dict[str, bytes]:
+    return {name: content for name, content in files.items() if ".safetensors" in name}
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -12,11 +12,13 @@ from huggingface_hub import constants
 
 from kifmerge.checkpoint.digest import CHECKPOINT_STEMS
 from kifmerge.checkpoint.source import FolderSource
+from kifmerge.hub.client import Say, silent
 from kifmerge.hub.folder import HubFolder
 from kifmerge.hub.stream import NUM_AHEAD, shared_block_bytes
 
 # A few small tensors that are read again do not matter.
 _ABOUT_ONCE = 1.005
+_AS_ASKED = "as asked"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +46,7 @@ class Settled:
         reason: for the user.
         pulled_bytes: that come over the network.
         buffer_bytes: of memory that a stream of it takes.
+        say: that the user hears what was chosen for him.
     """
 
     reference: str
@@ -51,6 +54,7 @@ class Settled:
     reason: str
     pulled_bytes: int
     buffer_bytes: int = 0
+    say: Say = field(default=silent, compare=False, repr=False)
 
     def __str__(self) -> str:
         return f"{self.reference}: {self.fetch}, {self.reason}"
@@ -91,6 +95,13 @@ def settle(
     return list(found.values())
 
 
+def tell(found: Iterable[Settled]) -> None:
+    """Say how folders are read and why, but for what the user asked for and what is here."""
+    for settled in found:
+        if settled.fetch != "cache" and settled.reason != _AS_ASKED:
+            settled.say(str(settled))
+
+
 def _settled(
     folder: HubFolder, readings: Sequence[Reading], room_bytes: int, *, spare_disk: bool
 ) -> Settled:
@@ -105,7 +116,7 @@ def _settled(
             reference=str(folder), fetch="cache", reason="all of it is there", pulled_bytes=0
         )
     need = _Need.of(readings, missing, sum(folder.files[name].size for name in missing))
-    fetch, reason = folder.fetch, "as asked"
+    fetch, reason = folder.fetch, _AS_ASKED
     if fetch == "auto":
         fetch, reason = need.choose(room_bytes, spare_disk=spare_disk)
     return Settled(
@@ -113,6 +124,7 @@ def _settled(
         fetch="stream" if fetch == "stream" else "download",
         reason=reason,
         pulled_bytes=need.streamed_bytes if fetch == "stream" else need.whole_bytes,
+        say=folder.say,
     )
 
 

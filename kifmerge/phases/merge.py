@@ -33,7 +33,7 @@ from kifmerge.errors import (
 )
 from kifmerge.hub.folder import HubFolder
 from kifmerge.phases.card import model_card
-from kifmerge.phases.fetching import settle
+from kifmerge.phases.fetching import settle, tell
 from kifmerge.phases.fuse import OnProgress
 from kifmerge.phases.fuse_files import fuse_files
 from kifmerge.phases.inputs import HistoricalParent, MergeInputs, OpenInputs
@@ -316,6 +316,7 @@ class Merge:
             "kifmerge": importlib.metadata.version("kifmerge"),
         }
         with out.begin(description) as work:
+            tell(self._settled)
             with worker_pool(self._num_workers) as workers:
                 figures, records = fuse_files(
                     self._open,

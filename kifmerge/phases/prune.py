@@ -39,7 +39,7 @@ from kifmerge.checkpoint.units import UnitSource, read_units
 from kifmerge.checkpoint.workers import Workers, num_processors, peak_bytes, worker_pool
 from kifmerge.phases.agreement import Checkpoint, open_checkpoint, refuse_other_evidence
 from kifmerge.phases.checked import FiniteSource
-from kifmerge.phases.fetching import Reading, settle
+from kifmerge.phases.fetching import Reading, settle, tell
 from kifmerge.phases.fuse import OnProgress
 from kifmerge.phases.meaning import Difference, check_meaning
 from kifmerge.phases.rules import FusionOptions
@@ -281,6 +281,7 @@ class Prune:
             worker_pool(self._num_workers) as workers,
             whole_folder(out_dir, overwrite=overwrite) as temporary,
         ):
+            tell(self._settled)
             mask = self._find_mask(workers)
             if self._model is not None and self._base is not None:
                 self._prune_into(temporary / CHECKPOINT_FOLDER, mask, workers)
