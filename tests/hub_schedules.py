@@ -104,8 +104,16 @@ def schedule(seed: int) -> Schedule:
 
 def _fault(chance: random.Random, kinds: Sequence[str]) -> Fault:
     act = chance.choice(
-        ("passing", "passing", "lasting", "reset", "expire", "range", "body", "slow")
-        + ("corrupt", "corrupt", "corrupt")
+        (
+            *2 * ("passing",),
+            *3 * ("corrupt",),
+            "lasting",
+            "reset",
+            "expire",
+            "range",
+            "body",
+            "slow",
+        )
     )
     kind = chance.choice((*kinds, None))
     if act == "corrupt" and chance.random() < 0.8:
