@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from kifmerge.checkpoint.destination import Work
+from kifmerge.checkpoint.mask import MaskSource
+from kifmerge.checkpoint.pieces import pieces, read_piece
 from kifmerge.checkpoint.sink import FileRecord, FolderSink, Layout
 from kifmerge.checkpoint.source import FolderSource
 from kifmerge.checkpoint.workers import Workers
+from kifmerge.errors import DamagedTransferError
 from kifmerge.hub.folder import HubFolder
 from kifmerge.phases.fuse import OnProgress, Overlap, fuse
 from kifmerge.phases.inputs import OpenInputs
@@ -47,7 +50,8 @@ def fuse_files(
 
     Raises:
         CheckpointError: NaN or infinity, or tensors without scores that differ.
-        TryAgainError: the disk has no room.
+        TryAgainError: the disk has no room, network or server failed, or what an interrupted merge
+            has used came damaged.
     """
     left = {name: infos for name, infos in layout.items() if name not in work.finished}
     work.refuse_full_disk([sum(info.nbytes for _, info in infos) for infos in left.values()])
@@ -109,15 +113,17 @@ def _take_over(work: Work, inputs: OpenInputs) -> list[FileRecord]:
     """The files that an interrupted merge has finished, and what it knew of their inputs."""
     unchecked: set[str] = set()
     for record in work.finished.values():
-        for role, digests in record["digests"].items():
-            inputs.sources[role].digests.know(digests)
         unchecked.update(record["unchecked"])
-    for source in inputs.sources.values():
-        unchecked.update(_files_in_two(source))
+    for role, source in _streamable(inputs).items():
+        known: dict[str, str] = {}
+        for record in work.finished.values():
+            known |= record["digests"].get(role, {})
+        _read_again(source, known)
+        source.digests.know(known)
     if unchecked:
         warnings.warn(
-            "streamed in part by the interrupted merge, or in another order than they are stored "
-            f"in, and so not compared with their hashes: {', '.join(sorted(unchecked))}",
+            "streamed by the interrupted merge in another order than they are stored in, and so "
+            f"not compared with their hashes: {', '.join(sorted(unchecked))}",
             stacklevel=3,
         )
     return [
@@ -126,17 +132,46 @@ def _take_over(work: Work, inputs: OpenInputs) -> list[FileRecord]:
     ]
 
 
-def _files_in_two(source: FolderSource) -> Iterator[str]:
-    """Files that are streamed in part only, since the rest of them is known already."""
+def _streamable(inputs: OpenInputs) -> dict[str, FolderSource]:
+    """Role -> what is read once, along with the files of the output: weights and masks."""
+    masks = {
+        f"{role}_mask": evidence.stored
+        for role, (_, evidence) in inputs.evidence_sources.items()
+        if isinstance(evidence, MaskSource)
+    }
+    return {**inputs.sources, **masks}
+
+
+def _read_again(source: FolderSource, known: Mapping[str, str]) -> None:
+    """Stream again what an interrupted merge has used of files that it did not stream whole.
+
+    Only whole files can be compared with their hashes: what it used may have come damaged.
+
+    Args:
+        source: of tensors.
+        known: tensor -> digest that it had then.
+
+    Raises:
+        DamagedTransferError: it has another one now.
+    """
     folder = source.directory
     if not isinstance(folder, HubFolder) or folder.fetch != "stream":
         return
-    known = source.digests.finished()
     for file_name, names in source.files.items():
         file = folder.open(file_name)
-        read = [name in known for name in names if source.info(name).numel]
-        if not file.is_here and any(read) and not all(read):
-            yield file.label
+        used = [name in known for name in names if source.info(name).numel]
+        if file.is_here or all(used) or not any(used):
+            continue
+        folder.say(f"{file.label}: pulling again what the interrupted merge used, to compare it")
+        for piece in pieces(source, [name for name in names if name in known]):
+            read_piece(source.read, piece)
+        found = source.digests.finished(names)
+        differing = [name for name in found if name in known and found[name] != known[name]]
+        if differing:
+            raise DamagedTransferError(
+                f"{file.label}: {differing[0]} came otherwise than to the interrupted merge: what "
+                "that made of it is not to be kept"
+            )
 
 
 def _finish(
@@ -148,7 +183,7 @@ def _finish(
     work: Work,
 ) -> None:
     """Bring a file to the disk, and note it with all that need not be read again for it."""
-    digests = {role: source.digests.finished(names) for role, source in inputs.sources.items()}
+    digests = {role: s.digests.finished(names) for role, s in _streamable(inputs).items()}
     work.note(
         {
             **sink.finish(file_name).as_dict(),
