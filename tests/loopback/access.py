@@ -34,7 +34,7 @@ class Access:
         """Return a repository that the request may see. Raises Refusal."""
         role = self.role(request)
         with self._store.lock:
-            repo = self._store.repos.get((kind, repo_id))
+            repo = self._store.find(repo_id, kind)
         if repo is None or (repo.private and role not in ("write", "read")):
             if role is None:
                 raise Refusal(401, "Invalid username or password.", "RepoNotFound")

@@ -138,7 +138,7 @@ class LoopbackHub:
             add = self._store.add_file if isinstance(source, Path) else self._store.add_bytes
             entries[path] = add(path, source)  # type: ignore[arg-type]
         with self._store.lock:
-            repo = self._store.repos.get((kind, repo_id))
+            repo = self._store.find(repo_id, kind)
             if repo is None:
                 repo = self._store.create(Repo(kind=kind, id=repo_id))
             repo.private, repo.gated = repo.private or private, repo.gated or gated
@@ -148,7 +148,7 @@ class LoopbackHub:
             return self._store.commit(repo, ref, entries, title=title, parent=parent).id
 
     def has_repo(self, repo_id: str, kind: str = "model") -> bool:
-        return (kind, repo_id) in self._store.repos
+        return self._store.find(repo_id, kind) is not None
 
     def is_private(self, repo_id: str, kind: str = "model") -> bool:
         return self._store.repo(repo_id, kind).private

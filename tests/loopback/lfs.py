@@ -104,7 +104,7 @@ class Lfs:
     def _keep(self, query: dict[str, str], place: Path) -> None:
         """Make a checked file an object of its repository."""
         with self._store.lock:
-            repo = self._store.repos.get((query["kind"], query["repo"]))
+            repo = self._store.find(query["repo"], query["kind"])
             if repo is None:
                 raise Refusal(404, "Repository not found", "RepoNotFound")
             self._store.keep_object(place, query["oid"])

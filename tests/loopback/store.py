@@ -143,8 +143,15 @@ class Store:
 
     # Repositories and commits
 
+    def find(self, repo_id: str, kind: str = "model") -> Repo | None:
+        with self.lock:  # Nobody sees one between its creation and its first commit.
+            return self.repos.get((kind, repo_id))
+
     def repo(self, repo_id: str, kind: str = "model") -> Repo:
-        return self.repos[kind, repo_id]
+        found = self.find(repo_id, kind)
+        if found is None:
+            raise KeyError(repo_id)
+        return found
 
     def create(self, repo: Repo) -> Repo:
         with self.lock:

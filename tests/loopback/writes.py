@@ -46,7 +46,7 @@ class Writes:
         self._access.may_write(request, repo_id)
         url = f"{self.endpoint}/{'' if kind == 'model' else kind + 's/'}{repo_id}"
         with self._store.lock:
-            if (kind, repo_id) in self._store.repos:
+            if self._store.find(repo_id, kind) is not None:
                 text = f"You already created this {kind} repo"
                 return Answer.of({"error": text, "url": url}, 409, X_Error_Message=text)
             private = body.get("visibility") == "private" or bool(body.get("private"))
