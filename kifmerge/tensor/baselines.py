@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from kifmerge.tensor.fusion import indicator
@@ -130,21 +129,18 @@ def ties(
     """
     _check_weights(vectors, weights)
     terms = [
-        indicator(mask).mul_(vector.float()).mul_(weight)
+        _times(indicator(mask).mul_(vector.float()), weight)
         for vector, mask, weight in zip(vectors, kept, weights, strict=True)
     ]
-    sign = terms[0].clone()
-    for term in terms[1:]:
-        sign.add_(term)
+    sign = _add_up([terms[0].clone(), *terms[1:]])
     sign.sign_().add_(0.5).sign_()  # 0 becomes 1; a comparison would take many times as long
-    update, divisor = torch.zeros_like(sign), torch.zeros_like(sign)
-    for term, weight in zip(terms, weights, strict=True):
-        agreeing = term.mul_(sign).relu_()
-        update.add_(agreeing)
-        divisor.add_(agreeing.sign_(), alpha=abs(weight))
+    agreeing = [term.mul_(sign).relu_() for term in terms]
+    update = _add_up([agreeing[0] + 0.0, *agreeing[1:]])  # 0.0 is added so that none is -0.0
+    votes = zip(agreeing, weights, strict=True)
+    divisor = _add_up([_times(one.sign_(), abs(weight)) for one, weight in votes])
     smallest = min((abs(weight) for weight in weights if weight), default=1.0)
     update.div_(divisor.clamp_(min=smallest)).mul_(sign)  # where nobody agrees: 0 by anything
-    return update.mul_(scale).add_(base.float()).to(base.dtype)
+    return _times(update, scale).add_(base.float()).to(base.dtype)
 
 
 def magmax(base: Tensor, vectors: Sequence[Tensor], *, scale: float = 1.0) -> Tensor:
@@ -174,7 +170,20 @@ def magmax(base: Tensor, vectors: Sequence[Tensor], *, scale: float = 1.0) -> Te
         # 1 where the magnitude exceeds that of all before, 0 elsewhere.
         exceeds = values.abs().sub_(largest.abs()).sign_().relu_()
         largest.mul_(1.0 - exceeds).add_(exceeds.mul_(values))
-    return largest.mul_(scale).add_(base.float()).to(base.dtype)
+    return _times(largest, scale).add_(base.float()).to(base.dtype)
+
+
+def _add_up(terms: Sequence[Tensor]) -> Tensor:
+    """t_1 + t_2 + ..., in this order and into the first of them."""
+    total = terms[0]
+    for term in terms[1:]:
+        total.add_(term)
+    return total
+
+
+def _times(values: Tensor, factor: float) -> Tensor:
+    """Values times a factor, in place; a factor of 1 costs nothing."""
+    return values if factor == 1.0 else values.mul_(factor)
 
 
 def _weighted_sum(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

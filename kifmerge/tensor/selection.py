@@ -16,8 +16,9 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
+from typing import Literal, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,9 +31,10 @@ Spread = Callable[[Callable[[Part], Tensor], Iterable[Part]], Iterable[Tensor]]
 CHUNK_NUMEL = 1 << 20
 ACCELERATOR_CHUNK_NUMEL = 1 << 25
 _NUM_BUCKETS = 1 << 16
+_ZERO_BUCKET = _NUM_BUCKETS // 2
 # Infinity and NaN are in the buckets from the one on, and before the other.
-_MOST_FINITE = _NUM_BUCKETS // 2 + 0x7F80
-_LEAST_FINITE = _NUM_BUCKETS // 2 - 0x7F80
+_MOST_FINITE = _ZERO_BUCKET + 0x7F80
+_LEAST_FINITE = _ZERO_BUCKET - 0x7F80
 _SUPPORTED = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -115,10 +117,27 @@ def mask_above(scores: Tensor, threshold: Threshold) -> Tensor:
     >>> mask_above(torch.tensor([1.0, 2.0, 3.0]), Threshold(2.0, 3, 1))
     tensor([False, False,  True])
     """
-    return scores.float() > threshold.value
+    return compare(np.greater, scores, threshold.value)
 
 
-def kth_smallest(scores: Iterable[Part], rank: int, *, spread: Spread = map) -> float:
+def compare(operator: np.ufunc, values: Tensor, bound: float) -> Tensor:
+    """Compare each value, in float32, with a bound: ``numpy.greater``, ``numpy.greater_equal``.
+
+    >>> compare(np.greater_equal, torch.tensor([1.0, 2.0]), 2.0)
+    tensor([False,  True])
+    """
+    if values.device.type == "cpu":  # measured: seven times as fast as torch is there
+        return torch.from_numpy(operator(values.detach().float().numpy(), np.float32(bound)))
+    return cast(Tensor, getattr(torch, operator.__name__)(values.float(), bound))
+
+
+def kth_smallest(
+    scores: Iterable[Part],
+    rank: int,
+    *,
+    reduce_counts: CountReduction | None = None,
+    spread: Spread = map,
+) -> float:
     """The rank-th smallest of all values, 1 for the smallest; -0.0 and 0.0 are one value.
 
     >>> kth_smallest([torch.tensor([3.0, -1.0]), torch.tensor([2.0])], 2)
@@ -127,7 +146,7 @@ def kth_smallest(scores: Iterable[Part], rank: int, *, spread: Spread = map) -> 
     Raises:
         ValueError: rank outside 1..n, or NaN among the values.
     """
-    counts = _two_level_counts(scores, None, spread)
+    counts = _two_level_counts(scores, reduce_counts, spread)
     num_values = int(counts.upper.sum())
     if not 1 <= rank <= num_values:
         raise ValueError(f"rank must lie in 1..{num_values}, found {rank}")
@@ -197,12 +216,27 @@ def _ordered_bits(chunk: Tensor) -> Tensor:
 
 def _upper_counts(chunk: Tensor) -> Tensor:
     """Counts per bucket, and behind them the number of NaN and of values of more than 16 bits."""
-    upper = (_ordered_bits(chunk) >> 16).add_(_NUM_BUCKETS // 2)
-    counts = torch.bincount(upper, minlength=_NUM_BUCKETS + 2)
+    counts = _upper_counts_of_positive(chunk) if chunk.device.type == "cpu" else None
+    if counts is None:
+        upper = (_ordered_bits(chunk) >> 16).add_(_ZERO_BUCKET)
+        counts = torch.bincount(upper, minlength=_NUM_BUCKETS + 2)
     # An accelerator would wait for the answer; on a CPU it spares another look at the scores.
     if chunk.device.type != "cpu" or counts[:_LEAST_FINITE].any() or counts[_MOST_FINITE:].any():
         counts[_NUM_BUCKETS] = chunk.isnan().sum()
     counts[_NUM_BUCKETS + 1] = 0 if chunk.dtype == torch.bfloat16 else chunk.numel()
+    return counts
+
+
+def _upper_counts_of_positive(chunk: Tensor) -> Tensor | None:
+    """The same in half the time, where no value has a sign, -0.0 included: bits are in order."""
+    if chunk.dtype == torch.bfloat16:
+        upper = chunk.contiguous().view(torch.int16)
+    else:
+        upper = chunk.float().contiguous().view(torch.int32) >> 16
+    if not upper.numel() or int(upper.amin()) < 0:
+        return None
+    counts = torch.zeros(_NUM_BUCKETS + 2, dtype=torch.int64)
+    counts[_ZERO_BUCKET:_NUM_BUCKETS] = torch.bincount(upper, minlength=_ZERO_BUCKET)
     return counts
 
 
@@ -227,15 +261,21 @@ def _two_level_counts(
             return _count(scores, lambda c: _lower_counts(c, bucket), reduce_counts, spread)
         # bfloat16 throughout: a bucket has one value, and no second pass is needed to find it.
         only = torch.zeros(_NUM_BUCKETS, dtype=torch.int64)
-        only[0 if bucket >= _NUM_BUCKETS // 2 else -1] = upper[bucket]
+        only[0 if bucket >= _ZERO_BUCKET else -1] = upper[bucket]
         return only
 
     return _TwoLevelCounts(upper, lower)
 
 
 def _lower_counts(chunk: Tensor, bucket: int) -> Tensor:
+    if chunk.device.type == "cpu" and bucket > _ZERO_BUCKET:
+        # Values without a sign, whose bits are in order: measured, a fifth of the time.
+        bits = chunk.float().contiguous().numpy().view(np.uint32)
+        low = bits - np.uint32((bucket - _ZERO_BUCKET) << 16)
+        low = low[np.flatnonzero(low < 1 << 16)]
+        return torch.bincount(torch.from_numpy(low.view(np.int32)), minlength=_NUM_BUCKETS)
     keys = _ordered_bits(chunk)
-    in_bucket = keys[(keys >> 16) == bucket - _NUM_BUCKETS // 2]
+    in_bucket = keys[(keys >> 16) == bucket - _ZERO_BUCKET]
     return torch.bincount(in_bucket & 0xFFFF, minlength=_NUM_BUCKETS)
 
 
@@ -248,6 +288,6 @@ def _locate(counts: Tensor, rank: int) -> tuple[int, int]:
 
 
 def _value(bucket: int, low_bits: int) -> float:
-    key = torch.tensor(((bucket - _NUM_BUCKETS // 2) << 16) | low_bits, dtype=torch.int32)
+    key = torch.tensor(((bucket - _ZERO_BUCKET) << 16) | low_bits, dtype=torch.int32)
     bits = key ^ ((key >> 31) & 0x7FFFFFFF)
     return float(bits.view(torch.float32))
