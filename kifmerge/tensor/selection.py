@@ -101,14 +101,80 @@ def importance_threshold(
     >>> importance_threshold([torch.arange(6.0), torch.arange(6.0, 11.0)], 0.2)
     Threshold(value=8.0, num_scores=11, num_above=2)
     """
-    counts = _two_level_counts(scores, reduce_counts, spread)
-    num_scores = int(counts.upper.sum())
-    rank = threshold_rank(num_scores, important_fraction)
-    bucket, rank_in_bucket = _locate(counts.upper, rank)
-    lower = counts.lower(bucket)
-    low_bits, _ = _locate(lower, rank_in_bucket)
-    num_above = int(counts.upper[bucket + 1 :].sum()) + int(lower[low_bits + 1 :].sum())
-    return Threshold(_value(bucket, low_bits), num_scores, num_above)
+    bracket = importance_bracket(
+        scores, important_fraction, reduce_counts=reduce_counts, spread=spread
+    )
+    return bracket.threshold(_lower_counts(scores, bracket, reduce_counts, spread))
+
+
+@dataclass(frozen=True, slots=True)
+class Bracket:
+    """The upper 16 bits of a threshold: what one pass over the scores finds.
+
+    Attributes:
+        bucket: what these bits are, in the order of values.
+        rank: of the threshold among the scores in the bracket, 1 for the smallest.
+        num_scores: how many scores there are.
+        num_within: how many of them are in the bracket.
+        num_above: how many are beyond it.
+        is_exact: no score has more than these bits: all in the bracket are equal.
+    """
+
+    bucket: int
+    rank: int
+    num_scores: int
+    num_within: int
+    num_above: int
+    is_exact: bool
+
+    def low_bits(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Where in a flat tensor the scores in the bracket are, and their lower 16 bits as int32.
+
+        >>> bracket = importance_bracket([torch.tensor([1.0, 1.001, 2.0])], 0.5)
+        >>> bracket.low_bits(torch.tensor([2.0, 1.001]))
+        (tensor([1]), tensor([8389], dtype=torch.int32))
+        """
+        if scores.device.type == "cpu" and self.bucket > _ZERO_BUCKET:
+            # Numbers above 0, whose bits are in order: measured, a fifth of the time.
+            bits = scores.detach().float().contiguous().numpy().view(np.uint32)
+            low = bits - np.uint32((self.bucket - _ZERO_BUCKET) << 16)
+            found = np.flatnonzero(low < 1 << 16)
+            return torch.from_numpy(found), torch.from_numpy(low[found].view(np.int32))
+        keys = _ordered_bits(scores)
+        places = ((keys >> 16) == self.bucket - _ZERO_BUCKET).nonzero()[:, 0]
+        return places, keys[places] & 0xFFFF
+
+    def above(self, scores: Tensor) -> Tensor:
+        """Bool mask of the scores beyond the bracket."""
+        return compare(np.greater_equal, scores, _value(self.bucket + 1, 0))
+
+    def threshold(self, low_counts: Tensor) -> Threshold:
+        """The threshold itself.
+
+        Args:
+            low_counts: how many scores in the bracket have which lower bits.
+        """
+        low_bits, _ = _locate(low_counts, self.rank)
+        num_above = self.num_above + int(low_counts[low_bits + 1 :].sum())
+        return Threshold(_value(self.bucket, low_bits), self.num_scores, num_above)
+
+
+def importance_bracket(
+    scores: Iterable[Part],
+    important_fraction: float | str | Fraction,
+    *,
+    reduce_counts: CountReduction | None = None,
+    spread: Spread = map,
+) -> Bracket:
+    """What one pass tells of :func:`importance_threshold`, which takes the same arguments."""
+    return _bracket(
+        scores, lambda num: threshold_rank(num, important_fraction), reduce_counts, spread
+    )
+
+
+def count_low_bits(low_bits: Tensor) -> Tensor:
+    """How many of some scores in a bracket have which lower bits, for :meth:`Bracket.threshold`."""
+    return torch.bincount(low_bits, minlength=_NUM_BUCKETS)
 
 
 def mask_above(scores: Tensor, threshold: Threshold) -> Tensor:
@@ -146,12 +212,14 @@ def kth_smallest(
     Raises:
         ValueError: rank outside 1..n, or NaN among the values.
     """
-    counts = _two_level_counts(scores, reduce_counts, spread)
-    num_values = int(counts.upper.sum())
-    if not 1 <= rank <= num_values:
-        raise ValueError(f"rank must lie in 1..{num_values}, found {rank}")
-    bucket, rank_in_bucket = _locate(counts.upper, rank)
-    return _value(bucket, _locate(counts.lower(bucket), rank_in_bucket)[0])
+
+    def checked(num_values: int) -> int:
+        if not 1 <= rank <= num_values:
+            raise ValueError(f"rank must lie in 1..{num_values}, found {rank}")
+        return rank
+
+    bracket = _bracket(scores, checked, reduce_counts, spread)
+    return bracket.threshold(_lower_counts(scores, bracket, reduce_counts, spread)).value
 
 
 def _count(
@@ -240,43 +308,37 @@ def _upper_counts_of_positive(chunk: Tensor) -> Tensor | None:
     return counts
 
 
-@dataclass(frozen=True, slots=True)
-class _TwoLevelCounts:
-    """Counts per bucket, and on demand those inside one."""
-
-    upper: Tensor
-    lower: Callable[[int], Tensor]
-
-
-def _two_level_counts(
-    scores: Iterable[Part], reduce_counts: CountReduction | None, spread: Spread
-) -> _TwoLevelCounts:
+def _bracket(
+    scores: Iterable[Part],
+    rank_of: Callable[[int], int],
+    reduce_counts: CountReduction | None,
+    spread: Spread,
+) -> Bracket:
+    """The bracket of the value of some rank, which follows from the number of values."""
     counts = _count(scores, _upper_counts, reduce_counts, spread)
-    upper = counts[:_NUM_BUCKETS]
-    if int(counts[_NUM_BUCKETS]):
+    upper, num_nan, num_longer = counts[:_NUM_BUCKETS], *counts[_NUM_BUCKETS:].tolist()
+    if num_nan:
         raise ValueError("NaN among the scores")
+    num_scores = int(upper.sum())
+    bucket, rank = _locate(upper, rank_of(num_scores))
+    num_above = int(upper[bucket + 1 :].sum())
+    return Bracket(bucket, rank, num_scores, int(upper[bucket]), num_above, num_longer == 0)
 
-    def lower(bucket: int) -> Tensor:
-        if int(counts[_NUM_BUCKETS + 1]):
-            return _count(scores, lambda c: _lower_counts(c, bucket), reduce_counts, spread)
-        # bfloat16 throughout: a bucket has one value, and no second pass is needed to find it.
+
+def _lower_counts(
+    scores: Iterable[Part],
+    bracket: Bracket,
+    reduce_counts: CountReduction | None,
+    spread: Spread,
+) -> Tensor:
+    """How many scores in a bracket have which lower bits: a second pass, where there are any."""
+    if bracket.is_exact:
         only = torch.zeros(_NUM_BUCKETS, dtype=torch.int64)
-        only[0 if bucket >= _ZERO_BUCKET else -1] = upper[bucket]
+        only[0 if bracket.bucket >= _ZERO_BUCKET else -1] = bracket.num_within
         return only
-
-    return _TwoLevelCounts(upper, lower)
-
-
-def _lower_counts(chunk: Tensor, bucket: int) -> Tensor:
-    if chunk.device.type == "cpu" and bucket > _ZERO_BUCKET:
-        # Values without a sign, whose bits are in order: measured, a fifth of the time.
-        bits = chunk.float().contiguous().numpy().view(np.uint32)
-        low = bits - np.uint32((bucket - _ZERO_BUCKET) << 16)
-        low = low[np.flatnonzero(low < 1 << 16)]
-        return torch.bincount(torch.from_numpy(low.view(np.int32)), minlength=_NUM_BUCKETS)
-    keys = _ordered_bits(chunk)
-    in_bucket = keys[(keys >> 16) == bucket - _ZERO_BUCKET]
-    return torch.bincount(in_bucket & 0xFFFF, minlength=_NUM_BUCKETS)
+    return _count(
+        scores, lambda chunk: count_low_bits(bracket.low_bits(chunk)[1]), reduce_counts, spread
+    )
 
 
 def _locate(counts: Tensor, rank: int) -> tuple[int, int]:

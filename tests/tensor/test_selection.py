@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from kifmerge.tensor import selection
 from kifmerge.tensor.selection import (
     Threshold,
+    count_low_bits,
+    importance_bracket,
     importance_threshold,
     kth_smallest,
     threshold_rank,
@@ -40,6 +42,20 @@ def test_threshold_is_the_order_statistic_of_all_values(values, fraction):
     expected = oracles.threshold(values, fraction)
     num_above = sum(value > expected for value in values)
     assert chosen == Threshold(expected, len(values), num_above)
+
+
+@given(values=FLOATS, fraction=st.sampled_from(FRACTIONS))
+def test_a_bracket_holds_the_threshold_and_leaves_the_rest_decided(values, fraction):
+    scores = torch.tensor(values)
+    bracket = importance_bracket([scores], fraction)
+    places, low_bits = bracket.low_bits(scores)
+    above = bracket.above(scores)
+    chosen = bracket.threshold(count_low_bits(low_bits))
+    assert chosen == importance_threshold([scores], fraction)
+    assert (len(places), int(above.sum())) == (bracket.num_within, bracket.num_above)
+    assert not above[places].any()
+    above[places] = scores[places] > chosen.value
+    assert torch.equal(above, scores > chosen.value)
 
 
 @given(values=FLOATS, data=st.data())
