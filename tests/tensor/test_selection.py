@@ -18,6 +18,12 @@ from kifmerge.tensor.selection import (
 
 FRACTIONS = ["0", "0.01", "0.05", "0.1", "0.2", "0.25", "0.5", "0.9", "1"]
 FLOATS = st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=60)
+# Where brackets begin and end.
+AT_EDGES = st.lists(
+    st.sampled_from([v * s for v in (1e-45, 0.0, 1.0, 1.0 - 2**-24, 1e-40) for s in (1, -1)]),
+    min_size=1,
+    max_size=20,
+)
 BITS16 = st.lists(st.integers(-(2**15), 2**15 - 1), min_size=1, max_size=60)
 
 
@@ -44,7 +50,7 @@ def test_threshold_is_the_order_statistic_of_all_values(values, fraction):
     assert chosen == Threshold(expected, len(values), num_above)
 
 
-@given(values=FLOATS, fraction=st.sampled_from(FRACTIONS))
+@given(values=FLOATS | AT_EDGES, fraction=st.sampled_from(FRACTIONS))
 def test_a_bracket_holds_the_threshold_and_leaves_the_rest_decided(values, fraction):
     scores = torch.tensor(values)
     bracket = importance_bracket([scores], fraction)
