@@ -177,8 +177,10 @@ def same_model(
 
 def content_of(hub: LoopbackHub, repo_id: str, revision: str = "main") -> dict[str, bytes]:
     """Path -> content of the files of a branch, but for git's own."""
-    paths = hub.paths(repo_id, revision)
-    return {p: hub.read(repo_id, p, revision) for p in paths if p != ".gitattributes"}
+    # What was sent just before a command ended may be committed at this very moment.
+    commit = hub.head(repo_id, revision)
+    paths = hub.paths(repo_id, commit)
+    return {p: hub.read(repo_id, p, commit) for p in paths if p != ".gitattributes"}
 
 
 def but_for_card(files: dict[str, bytes]) -> dict[str, bytes]:

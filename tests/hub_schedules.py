@@ -1,32 +1,13 @@
-"""Schedules of faults: a command that talks to the Hub, what goes wrong meanwhile, and what comes.
-
-A schedule follows from its seed alone. Whatever goes wrong, the command ends with the right result,
-or with an error that says so and nothing, or what was there before, under the result's name; and
-when all is well again the same command ends with the right result.
-"""
+"""Schedules of faults: what goes wrong while a command talks to the Hub; from a seed each."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
-import os
 import random
-import shutil
-import signal
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import faults
-import hub_merges
-import pytest
-from hub_merges import Published, Result
-from huggingface_hub import constants
-from loopback import Fault, LoopbackHub, Row
+from loopback import Fault
 
 READS = ("info", "resolve", "cdn")
 WRITES = (
@@ -41,22 +22,18 @@ SCENARIOS = {
     "push": WRITES,
     "hub to hub": (*READS, *WRITES),
 }
-# About how many there are.
+# About how many there are, and of them for contents from the CDN.
 NUM_REQUESTS = {
-    "pull": 15, "merge, streamed": 100, "merge, downloaded": 40, "push": 15, "hub to hub": 160,
+    "pull": 23, "merge, streamed": 270, "merge, downloaded": 75, "push": 14, "hub to hub": 174,
 }  # fmt: skip
+NUM_CDN = {"pull": 15, "merge, streamed": 230, "merge, downloaded": 18, "hub to hub": 73}
+# One file, of which every file of the output takes a part.
+IN_PARTS = {"merge, streamed": "org/historical/*", "hub to hub": "org/historical/*"}
 PASSING = (408, 429, 500, 502, 503, 504)
 LASTING = (400, 401, 403, 404, 409, 410, 412, 416, 418)
+# A stall is longer than what the command waits for an answer.
 TIMEOUT_SECONDS = 0.4
 STALL_SECONDS = 0.7
-OUT = "org/out"
-OLD = {
-    "model-00001-of-00002.safetensors": b"old 1",
-    "model-00002-of-00002.safetensors": b"old 2",
-    "model.safetensors.index.json": b"{}",
-    "config.json": b'{"old": 1}',
-    "notes.txt": b"old",
-}
 
 
 @dataclass(frozen=True)
@@ -70,6 +47,7 @@ class Schedule:
         interruption: ``ctrl-c`` or ``kill``, and with which request; None for neither.
         is_replaced: whether something is there already, in the place of the result.
         part_bytes: of uploads; None for whole ones.
+        fetch_again: how inputs are read when the command goes on; None for as before.
     """
 
     seed: int
@@ -78,31 +56,51 @@ class Schedule:
     interruption: tuple[str, int] | None
     is_replaced: bool
     part_bytes: int | None
+    fetch_again: str | None
 
 
 def schedule(seed: int) -> Schedule:
     """Of a seed: scenarios take turns."""
     chance = random.Random(seed)
     scenario = list(SCENARIOS)[seed % len(SCENARIOS)]
-    kinds = SCENARIOS[scenario]
     number = chance.choice((1, 1, 1, 2, 2, 3, 4))
     interruption = None
     if chance.random() < 0.3:
         interruption = (
             chance.choice(("ctrl-c", "ctrl-c", "kill")),
-            chance.randrange(1, NUM_REQUESTS[scenario]),
+            _place(chance, NUM_REQUESTS[scenario]) + 1,
         )
     return Schedule(
         seed=seed,
         scenario=scenario,
-        faults=tuple(_fault(chance, kinds) for _ in range(number)),
+        faults=tuple(_fault(chance, scenario, _kinds(chance, scenario)) for _ in range(number)),
         interruption=interruption,
         is_replaced=chance.random() < 0.5,
         part_bytes=chance.choice((None, None, 5000)),
+        fetch_again=chance.choice((None, "stream", "download")),
     )
 
 
-def _fault(chance: random.Random, kinds: Sequence[str]) -> Fault:
+def _in_parts(chance: random.Random, scenario: str) -> dict[str, Any]:
+    """Damage to what is not whole, and so not compared, before the last file of the output."""
+    if scenario not in IN_PARTS:
+        return {}
+    return {"kind": "cdn", "match": IN_PARTS[scenario], "skip": chance.randrange(3)}
+
+
+def _place(chance: random.Random, number: int) -> int:
+    """One of so many; often one of the last, when there is something to go on from."""
+    return chance.randrange(chance.choice((0, number * 6 // 7)), number)
+
+
+def _kinds(chance: random.Random, scenario: str) -> Sequence[str]:
+    """Of the requests that a fault may meet."""
+    kinds = SCENARIOS[scenario]
+    # What is sent comes late, among hundreds of reads.
+    return WRITES if "commit" in kinds and chance.random() < 0.5 else kinds
+
+
+def _fault(chance: random.Random, scenario: str, kinds: Sequence[str]) -> Fault:
     act = chance.choice(
         (
             *2 * ("passing",),
@@ -113,28 +111,27 @@ def _fault(chance: random.Random, kinds: Sequence[str]) -> Fault:
             "range",
             "body",
             "slow",
+            *(("lost", "lost") if "commit" in kinds else ()),
         )
     )
-    kind = chance.choice((*kinds, None))
+    kind = "commit" if act == "lost" else chance.choice((*kinds, None))
     if act == "corrupt" and chance.random() < 0.8:
         # Any other answer that is damaged is mostly found out by whoever parses it.
-        kind = "cdn" if "cdn" in kinds else "put"
-    passed = {"cdn": (0, 3, 12, 30, 50), "resolve": (0, 1, 3, 6), None: (0, 2, 5, 12, 30, 60)}
+        kind = chance.choice(("cdn", "cdn", "resolve")) if "cdn" in kinds else "put"
+    most = {"cdn": NUM_CDN.get(scenario, 1), "resolve": 8, None: NUM_REQUESTS[scenario]}
     how: dict[str, Any] = {
         "kind": kind,
-        "skip": chance.choice(passed.get(kind, (0, 0, 1, 2, 3))),
+        "skip": chance.choice((0, _place(chance, most.get(kind, 4)))),
         # Beyond our patience, and beyond all.
         "times": chance.choice((1, 1, 1, 2, 3, 7, 40, None)),
     }
     offset = chance.choice((0, 1, 7, 100, 1000, 5000))
     is_late = chance.random() < 0.3
     match act:
-        case "passing":
-            retry_after = chance.choice((None, 0, 1))
-            how |= {"status": chance.choice(PASSING), "retry_after": retry_after}
-            how["after_act"] = is_late
-        case "lasting":
-            how |= {"status": chance.choice(LASTING), "after_act": is_late}
+        case "passing" | "lasting" | "lost":
+            status = chance.choice(LASTING if act == "lasting" else PASSING)
+            how |= {"status": status, "retry_after": chance.choice((None, 0, 1))}
+            how["after_act"] = is_late or act == "lost"
         case "reset":
             how |= {"reset": True, "after_act": is_late}
         case "expire":
@@ -146,6 +143,7 @@ def _fault(chance: random.Random, kinds: Sequence[str]) -> Fault:
             how[chance.choice(("truncate_at", "reset_at"))] = offset
         case "corrupt":
             how[chance.choice(("corrupt_at", "corrupt_file_at"))] = offset
+            how |= chance.choice(({}, _in_parts(chance, scenario)))
         case "slow":
             # What takes time takes it rarely.
             how["times"] = chance.choice((1, 2))
@@ -154,234 +152,7 @@ def _fault(chance: random.Random, kinds: Sequence[str]) -> Fault:
     return Fault(**how)
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How it went.
-
-    Attributes:
-        code: exit code of the first run; minus a signal that ended it.
-        told: what it told.
-        num_met: requests in which something went wrong.
-    """
-
-    code: int
-    told: str
-    num_met: int = 0
-
-
-class Ground:
-    """Where schedules are run, one after the other.
-
-    Args:
-        folder: for all files.
-        hub: the server.
-    """
-
-    def __init__(self, folder: Path, hub: LoopbackHub) -> None:
-        self._folder = folder
-        self._hub = hub
-        self._merge = hub_merges.two_sided(folder, hub)
-        self._several = hub_merges.several(folder / "several", hub)
-        self._made, several = folder / "made", folder / "several/made"
-        assert self._merge.run(self._made, place=f"{folder}/").code == 0
-        assert self._several.run(several, place=f"{folder}/several/").code == 0
-        # Scenario -> a folder with the weights that it comes to, made without the Hub.
-        self._right = dict.fromkeys(SCENARIOS, self._made)
-        self._right |= {"pull": folder / "base", "merge, downloaded": several}
-        self._clean: dict[tuple[str, bool], dict[str, bytes]] = {}
-
-    def run(self, schedule: Schedule) -> Outcome:
-        """Run a schedule, and the same command again when all is well.
-
-        Raises:
-            AssertionError: anything came otherwise than it may.
-        """
-        expected = self._expected(schedule)
-        self._prepare(schedule)
-        before = self._found(schedule)
-        self._hub.part_bytes = schedule.part_bytes
-        for fault in schedule.faults:
-            self._hub.fail(fault)
-        with short_timeouts(), self._interrupted(schedule) as call:
-            outcome = call()
-        outcome = replace(outcome, num_met=sum(row.fault is not None for row in self._hub.log))
-        self._hub.mend()
-        self._check(schedule, outcome, before, expected)
-        if outcome.code < 0:
-            age(Path(tempfile.gettempdir()))
-        else:
-            assert hub_merges.temporary_names() == []
-        again = self._command(schedule, is_again=True)
-        if "came otherwise than to the interrupted merge" in again.err:
-            # What was made of damaged bytes is gone now.
-            again = self._command(schedule, is_again=True)
-        assert again.code == 0, again.err
-        assert self._found(schedule) == expected
-        self._check_nothing_left(schedule)
-        self._tidy()
-        return outcome
-
-    def _expected(self, schedule: Schedule) -> dict[str, bytes]:
-        """What comes when nothing goes wrong."""
-        key = (schedule.scenario, schedule.is_replaced)
-        if key not in self._clean:
-            self._prepare(schedule)
-            result = self._command(schedule)
-            assert result.code == 0, result.err
-            found = self._found(schedule)
-            weights = _weights(faults.content(self._right[schedule.scenario]))
-            assert weights.items() <= _weights(found).items()
-            self._clean[key] = found
-            self._check_nothing_left(schedule)
-            self._tidy()
-        return self._clean[key]
-
-    @property
-    def _out(self) -> Path:
-        return self._folder / "out"
-
-    def _is_remote(self, schedule: Schedule) -> bool:
-        return schedule.scenario in ("push", "hub to hub")
-
-    def _prepare(self, schedule: Schedule) -> None:
-        if not schedule.is_replaced:
-            return
-        if self._is_remote(schedule):
-            self._hub.add_repo(OUT, OLD)
-        else:
-            for name, content in OLD.items():
-                self._out.mkdir(exist_ok=True)
-                (self._out / name).write_bytes(content)
-
-    def _arguments(self, schedule: Schedule, *, is_again: bool) -> list[object]:
-        more: list[object] = ["--workers", "2"]
-        if not self._is_remote(schedule):
-            more += ["--overwrite"] * schedule.is_replaced + ["--resume"] * is_again
-        match schedule.scenario:
-            case "pull":
-                return ["pull", "org/base", "--out", self._out, *more[2:]]
-            case "push":
-                return ["push", self._made, OUT]
-            case "hub to hub":
-                return [*self._merge.arguments(), "--out", f"hf://{OUT}", *more]
-            case "merge, streamed":
-                merge: Published = self._merge
-            case _:
-                merge = self._several
-        fetch = schedule.scenario.removeprefix("merge, ").removesuffix("ed")
-        return [*merge.arguments(), "--out", self._out, "--fetch", fetch, *more]
-
-    def _command(self, schedule: Schedule, *, is_again: bool = False) -> Result:
-        return hub_merges.kifmerge(*self._arguments(schedule, is_again=is_again))
-
-    @contextlib.contextmanager
-    def _interrupted(self, schedule: Schedule) -> Iterator[Callable[[], Outcome]]:
-        """What calls the command, and interrupts it when its time has come."""
-        children: list[faults.Child] = []
-        kind, number = schedule.interruption or ("", 0)
-        count = [0]
-
-        def see(row: Row) -> None:
-            count[0] += 1
-            if count[0] != number:
-                return
-            if children:
-                children[0].kill()
-            else:
-                os.kill(os.getpid(), signal.SIGINT)
-
-        def here() -> Outcome:
-            result = self._command(schedule)
-            return Outcome(result.code, result.err)
-
-        def elsewhere() -> Outcome:
-            def work(say: Callable[[object], None]) -> None:
-                result = self._command(schedule)
-                say([result.code, result.err])
-
-            children.append(faults.fork(work))
-            ended = children[0].end()
-            if ended.code == 0:
-                return Outcome(*ended.said())
-            assert ended.code == -signal.SIGKILL, ended.text
-            return Outcome(ended.code, "")
-
-        with hub_merges.nothing_left_running(), hub_merges.at_each_request(self._hub, see):
-            yield elsewhere if kind == "kill" else here
-
-    def _found(self, schedule: Schedule) -> dict[str, bytes]:
-        """What has the name of the result."""
-        if not self._is_remote(schedule):
-            return faults.content(self._out)
-        return hub_merges.content_of(self._hub, OUT) if self._hub.has_repo(OUT) else {}
-
-    def _check(
-        self,
-        schedule: Schedule,
-        outcome: Outcome,
-        before: dict[str, bytes],
-        expected: dict[str, bytes],
-    ) -> None:
-        found = self._found(schedule)
-        if outcome.code == 0:
-            assert found == expected
-            return
-        allowed = {3, 4}
-        if schedule.interruption is not None:
-            allowed |= {130} if schedule.interruption[0] == "ctrl-c" else {-signal.SIGKILL}
-        assert outcome.code in allowed, outcome
-        # A reader of a branch sees the old model or the new one; whose answer was lost is not told.
-        if self._is_remote(schedule) or outcome.code < 0:
-            assert found in (before, expected)
-        else:
-            assert found == before
-        if outcome.code > 0:
-            assert outcome.told.splitlines()[-1].startswith("kifmerge: "), outcome.told
-
-    def _check_nothing_left(self, schedule: Schedule) -> None:
-        assert hub_merges.temporary_names() == []
-        assert sorted(path.name for path in self._folder.glob(".*")) == []
-        if self._is_remote(schedule):
-            assert self._hub.branches(OUT) == ["main"]
-        for path in Path(constants.HF_HUB_CACHE).rglob("blobs/*"):
-            if len(path.name) == 64:
-                assert hashlib.sha256(path.read_bytes()).hexdigest() == path.name
-
-    def _tidy(self) -> None:
-        """As before."""
-        shutil.rmtree(self._out, ignore_errors=True)
-        shutil.rmtree(constants.HF_HUB_CACHE, ignore_errors=True)
-        store = self._hub._store
-        if self._hub.has_repo(OUT):
-            store.delete(store.repo(OUT, "model"))
-        self._hub.clear_log()
-
-
-def _weights(files: dict[str, bytes]) -> dict[str, bytes]:
-    return {name: content for name, content in files.items() if ".safetensors" in name}
-
-
-@contextlib.contextmanager
-def short_timeouts() -> Iterator[None]:
-    """What stands still is given up soon."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", TIMEOUT_SECONDS)
-        patch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", TIMEOUT_SECONDS)
-        yield
-
-
-def age(folder: Path) -> None:
-    """Have all that lies there lie there for an hour."""
-    for path in folder.iterdir():
-        os.utime(path, (time.time() - 3600,) * 2)
-
-
-def told(schedule: Schedule, outcome: Outcome) -> str:
-    """A line for people: what went wrong, and how it ended."""
-    faults_of = ", ".join(
-        f"{fault.name} of {fault.kind or 'any'} after {fault.skip} x {fault.times}"
-        for fault in schedule.faults
-    )
-    last = outcome.told.splitlines()[-1:] or [""]
-    ended = [schedule.seed, schedule.scenario, outcome.code, outcome.num_met]
-    return json.dumps([*ended, faults_of, last[0]])
+def passes(fault: Fault) -> bool:
+    """Whether what goes wrong may pass, and does not damage what comes."""
+    is_damage = fault.corrupt_at is not None or fault.corrupt_file_at is not None
+    return fault.status not in LASTING and not is_damage

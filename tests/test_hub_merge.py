@@ -14,7 +14,7 @@ import pytest
 import torch
 from hub_merges import Published, kifmerge
 from huggingface_hub import constants
-from loopback import OTHER_TOKEN, LoopbackHub
+from loopback import OTHER_TOKEN, Fault, LoopbackHub
 from phases import test_merge_adapters as adapters
 
 pytestmark = pytest.mark.slow  # hundreds of requests
@@ -313,6 +313,19 @@ class TestRefused:
         assert result.code == 3
         assert says in result.err
         assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize("fetch", ["stream", "download"])
+    @pytest.mark.parametrize("at", [0, 7, 100])
+    def test_a_header_that_came_damaged(
+        self, two: Published, tmp_path: Path, hub: LoopbackHub, fetch: str, at: int
+    ) -> None:
+        """Which says nothing against the file."""
+        hub.fail(Fault(kind="cdn", match="org/new/*", corrupt_file_at=at))
+        result = two.run(tmp_path / "out", "--fetch", fetch)
+        assert result.code == 4
+        assert "org/new@" in result.lines[-1]
+        assert "came twice, and not alike" in result.lines[-1]
+        assert two.run(tmp_path / "out", "--fetch", fetch).code == 0
 
     def test_a_private_one_of_somebody_else(
         self, two: Published, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -404,11 +404,15 @@ class TestSpoilt:
 
     @pytest.mark.parametrize("damaged", ["historical", "historical-mask"])
     @pytest.mark.parametrize("out", [f"hf://{OUT}", "here"])
+    @pytest.mark.parametrize("then", ["streamed", "downloaded", "in the cache"])
     def test_damaged_before_it_was_interrupted(
-        self, tmp_path: Path, hub: LoopbackHub, old: str, damaged: str, out: str,
+        self, tmp_path: Path, hub: LoopbackHub, old: str, damaged: str, out: str, then: str,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:  # fmt: skip
-        """In a file that was not whole then: what was made of it does not come into the result."""
+        """In a file that was not whole then: what was made of it does not come into the result.
+
+        However it is read when the merge goes on.
+        """
         monkeypatch.setattr(stream, "BLOCK_BYTES", 64)
         masks = hub_merges.two_sided(tmp_path / "files", hub, "masks")
         expected = masks.local()
@@ -424,7 +428,10 @@ class TestSpoilt:
         result = masks.run(*arguments)
         assert (result.code, "1 finished files are kept" in result.err) == (4, True)
         hub.mend()
-        again = masks.run(*arguments, *(["--resume"] if place != out else []))
+        if then == "in the cache":
+            assert hub_merges.kifmerge("pull", f"org/{damaged}").code == 0
+        fetch = ["--fetch", "download"] if then == "downloaded" else []
+        again = masks.run(*arguments, *fetch, *(["--resume"] if place != out else []))
         assert again.code == 4
         assert "came otherwise than to the interrupted merge" in again.lines[-1]
         assert (hub.head(OUT), hub.branches(OUT)) == (old, ["main"])

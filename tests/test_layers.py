@@ -23,9 +23,9 @@ FACADE = "__init__"  # may name anything: it loads when asked
 
 ALLOWED_OUTSIDE = {
     "errors": set(),
-    "tensor": {"torch"},
+    "tensor": {"torch", "numpy"},
     "hub": {"huggingface_hub"},
-    "checkpoint": {"torch", "safetensors", "huggingface_hub", "filelock", "xxhash"},
+    "checkpoint": {"torch", "numpy", "safetensors", "huggingface_hub", "filelock", "xxhash"},
 }
 HEAVY = {"torch", "transformers", "numpy", "pydantic", "safetensors", "yaml", "rich"}
 

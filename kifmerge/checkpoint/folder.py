@@ -36,6 +36,14 @@ class File(Protocol):
         """The first bytes, or all of a shorter file."""
         ...
 
+    def compare_head(self) -> None:
+        """Where the first bytes came over the network, see whether they come again as they came.
+
+        Raises:
+            DamagedTransferError: they do not.
+        """
+        ...
+
     def expect(self, ranges: Iterable[tuple[int, int]]) -> None:
         """Tell which ranges are going to be read, in about their order."""
         ...
@@ -74,6 +82,9 @@ class LocalFile:
         content = bytearray(min(num_bytes, self.size))
         self.read_into(0, memoryview(content))
         return bytes(content)
+
+    def compare_head(self) -> None:
+        """Nothing."""
 
     def expect(self, ranges: Iterable[tuple[int, int]]) -> None:
         """Nothing: the system reads ahead."""

@@ -15,8 +15,11 @@ from __future__ import annotations
 import json
 import math
 import struct
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +52,7 @@ _METADATA = "__metadata__"
 _LENGTH_BYTES = 8
 _ALIGNMENT = 8
 _MOST_HEADER_BYTES = 100_000_000  # as in the safetensors library
+_BY_PLACE = itemgetter(0, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +96,18 @@ def read_header(file: File | Path) -> dict[str, PlacedTensor]:
 
     Raises:
         CheckpointError: no such file, truncated, or a header that no writer makes.
+        TryAgainError: network or server failed, or it came damaged.
     """
     file = LocalFile(file) if isinstance(file, Path) else file
+    try:
+        return _read_header(file)
+    except CheckpointError:
+        # Only a whole file can be compared with its hash: this may be no fault of the file's.
+        file.compare_head()
+        raise
+
+
+def _read_header(file: File) -> dict[str, PlacedTensor]:
     label, size = file.label, file.size
     start = file.head(_LENGTH_BYTES)
     length = struct.unpack("<Q", start)[0] if len(start) == _LENGTH_BYTES else None
@@ -163,14 +177,21 @@ def _placed(content: Any, begin: int) -> dict[str, PlacedTensor]:
     if not isinstance(content, dict):
         raise ValueError("expected a JSON object")
     content.pop(_METADATA, None)
-    spans = sorted((_span(name, entry) for name, entry in content.items()), key=lambda s: s[:2])
+    spans = sorted((_span(name, entry) for name, entry in content.items()), key=_BY_PLACE)
     placed, end = {}, 0
     for start, stop, name, info in spans:
         if start != end:
             raise ValueError(f"{name} begins at byte {start}, the one before ends at {end}")
-        placed[name] = PlacedTensor(info, begin + start)
+        # Models of one shape share their names, of which some have a hundred thousand.
+        placed[sys.intern(name)] = PlacedTensor(info, begin + start)
         end = stop
     return placed
+
+
+@lru_cache(maxsize=1 << 12)
+def _info(dtype_name: str, shape: tuple[int, ...]) -> TensorInfo:
+    """The same one for tensors alike: a model has few shapes."""
+    return TensorInfo(DTYPES[dtype_name], shape)
 
 
 def _span(name: str, entry: Any) -> tuple[int, int, str, TensorInfo]:
@@ -179,11 +200,11 @@ def _span(name: str, entry: Any) -> tuple[int, int, str, TensorInfo]:
         sizes = [*shape, start, stop]
     except (TypeError, KeyError, ValueError):
         raise ValueError(f"{name}: expected dtype, shape and data_offsets") from None
-    if not all(type(number) is int and number >= 0 for number in sizes):
+    if {*map(type, sizes)} != {int} or min(sizes) < 0:
         raise ValueError(f"{name}: sizes must be whole numbers from 0, found {sizes}")
     if dtype_name not in DTYPES:
         raise ValueError(f"{name}: dtype {dtype_name!r} is not known here")
-    info = TensorInfo(DTYPES[dtype_name], tuple(shape))
+    info = _info(dtype_name, tuple(shape))
     if stop - start != info.nbytes:
         raise ValueError(f"{name}: {info} takes {info.nbytes} bytes, found {stop - start}")
     return start, stop, name, info

@@ -167,6 +167,16 @@ class RemoteFile:
         _read_into(self._path, 0, memoryview(content))
         return bytes(content)
 
+    def compare_head(self) -> None:
+        """See whether the first bytes come again as they came; nothing for a file in the cache.
+
+        Raises:
+            DamagedTransferError: they do not.
+            TryAgainError: network or server failed.
+        """
+        if self._path is None:
+            self._stream.compare_head()
+
     def expect(self, ranges: Iterable[tuple[int, int]]) -> None:
         """Tell which ranges will be read; those that follow one another are pulled together."""
         self._stream.expect(ranges)

@@ -27,6 +27,9 @@ from kifmerge.hub.client import (
 )
 from kifmerge.hub.reference import Reference
 
+# An attempt in which less came has brought us no further: else a connection that is cut after a
+# few bytes, again and again, would be endured for days.
+_LEAST_PROGRESS_BYTES = 1 << 16
 # What an address answers that has expired.
 REFUSALS = (401, 403, 404, 410)
 _OTHER_WAY = (
@@ -137,7 +140,7 @@ class RangeReader:
         patience = Patience(self._say)
         filled, was_refused = 0, False
         while filled < len(view):
-            address = self._find_address()
+            address, before = self._find_address(), filled
             try:
                 with hub_errors(f"reading {self.file}"):
                     for chunk in self._chunks(address, start + filled, start + len(view)):
@@ -145,7 +148,8 @@ class RangeReader:
                             raise PassingError(f"reading {self.file}: more bytes came than asked")
                         view[filled : filled + len(chunk)] = chunk
                         filled, was_refused = filled + len(chunk), False
-                        patience.note_progress()
+                        if filled - before >= _LEAST_PROGRESS_BYTES:
+                            patience.note_progress()
                 if filled < len(view):
                     raise PassingError(f"reading {self.file}: the answer ended too soon")
             except _RefusedAddressError as error:

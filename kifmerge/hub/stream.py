@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
+from kifmerge.errors import DamagedTransferError
 from kifmerge.hub.background import in_background, result_of
 from kifmerge.hub.client import Say, silent
 from kifmerge.hub.content import ContentCheck
@@ -110,6 +111,20 @@ class FileStream:
                 self._head += more
         self._check.refuse_damage()
         return self._head[:num_bytes]
+
+    def compare_head(self) -> None:
+        """Pull what was pulled of the head once more: what makes no sense may have come damaged.
+
+        Raises:
+            DamagedTransferError: it came otherwise.
+            TryAgainError: network or server failed.
+        """
+        with self._head_lock:
+            if bytes(self._reader.read(0, len(self._head))) != self._head:
+                raise DamagedTransferError(
+                    f"{self.file}: its first {len(self._head)} bytes came twice, and not alike: a "
+                    "proxy may damage them. Try again"
+                )
 
     def expect(self, ranges: Iterable[tuple[int, int]]) -> None:
         """Tell which ranges will be read, after those told before, in about this order.

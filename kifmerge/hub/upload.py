@@ -7,6 +7,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Sequence
+from urllib.parse import urlsplit
 
 from huggingface_hub import CommitOperationAdd, constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -18,6 +19,10 @@ from kifmerge.hub.target import Target
 # Where the client warns of failures that it then tries again, with the whole address.
 _CLIENT_LOG = "huggingface_hub.utils._http"
 _QUERY = re.compile(r"\?\S*")
+# Of a request that joins the parts of an upload, with the end of its path: parts came damaged, or
+# they are joined already and the answer was lost.
+_UNJOINED = (400, 404)
+_JOIN = re.compile(r"/complete\w*")
 _XET_REFUSAL = re.compile(r"client error \((\d+).*xet-write-token", re.DOTALL)
 
 
@@ -84,7 +89,7 @@ def _upload_errors(what: str) -> Iterator[None]:
         with reading_files(), _unwrapped(what):
             yield
     except HfHubHTTPError as error:
-        if str(error.response.url).startswith(constants.ENDPOINT):
+        if str(error.response.url).startswith(constants.ENDPOINT) and not _is_unjoined(error):
             raise
         # The store behind signed addresses: one has expired, or bytes came otherwise than sent.
         raise PassingError(f"{what}: the store refused a part (HTTP {status_of(error)})") from error
@@ -100,6 +105,11 @@ def _upload_errors(what: str) -> Iterator[None]:
         raise
     except ValueError as error:  # what the server says of an object that it does not take
         raise CheckpointError(f"{what}: {one_line(error)}") from error
+
+
+def _is_unjoined(error: HfHubHTTPError) -> bool:
+    path = urlsplit(str(error.response.url)).path
+    return status_of(error) in _UNJOINED and _JOIN.fullmatch(path[path.rfind("/") :]) is not None
 
 
 @contextlib.contextmanager

@@ -415,6 +415,24 @@ class TestUploads:
         assert {name: hub.read(REPO, name) for name in FILES} == FILES
         assert len(hub.commits(REPO)) == 2
 
+    @pytest.mark.parametrize(
+        "fault",
+        [
+            {"kind": "put", "corrupt_at": 5},
+            {"kind": "complete", "status": 503, "after_act": True},
+            {"kind": "complete", "reset": True, "after_act": True},
+        ],
+    )
+    def test_parts_that_were_not_joined_are_sent_again(
+        self, hub: LoopbackHub, there: str, fault: dict[str, object]
+    ) -> None:
+        """Or were, and the answer was lost: then they are there."""
+        hub.part_bytes = 60_000
+        hub.fail(Fault(**fault))
+        assert push().is_new
+        assert {name: hub.read(REPO, name) for name in FILES} == FILES
+        assert len(hub.commits(REPO)) == 2
+
     @pytest.mark.parametrize("kind", ["preupload", "batch", "verify", "yaml", "paths-info"])
     @pytest.mark.parametrize("fault", [{"status": 502}, {"reset": True}])
     def test_failures_on_the_way(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import http.server
+import threading
 import time
+from typing import ClassVar
 
 import pytest
 import remote
@@ -11,7 +14,7 @@ from huggingface_hub import constants
 from loopback import WRITE_TOKEN, Fault
 
 from kifmerge.errors import CheckpointError, DamagedTransferError, TryAgainError
-from kifmerge.hub import client
+from kifmerge.hub import client, ranges
 from kifmerge.hub.client import FIRST_WAIT_SECONDS, PassingError
 from kifmerge.hub.ranges import RangeReader, file_address
 
@@ -121,6 +124,42 @@ class TestGoingOn:
         read(reader)
 
 
+class Proxy(http.server.BaseHTTPRequestHandler):
+    """Says that it sends the range asked for, and sends so many bytes more, or less."""
+
+    num_more: ClassVar[list[int]] = []
+
+    def do_GET(self):
+        start, stop = (int(n) for n in self.headers["Range"].removeprefix("bytes=").split("-"))
+        stop += 1
+        more = self.num_more.pop(0) if self.num_more else 0
+        body = CONTENT[start : stop + more]
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(CONTENT)}")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.parametrize("more", [[-7], [-1000, -7, -7], [7], [7, -7, 100]])
+def test_another_length_than_is_said(reader, monkeypatch, more):
+    monkeypatch.setattr(Proxy, "num_more", more)
+    with http.server.HTTPServer(("127.0.0.1", 0), Proxy) as proxy:
+        serving = threading.Thread(target=proxy.serve_forever)
+        serving.start()
+        address = f"http://127.0.0.1:{proxy.server_port}/"
+        monkeypatch.setattr(ranges, "file_address", lambda file, say: address)
+        try:
+            read(reader)
+        finally:
+            proxy.shutdown()
+            serving.join()
+    assert more == []
+
+
 class TestGivingUp:
     @pytest.mark.parametrize(
         ("act", "words"),
@@ -142,6 +181,13 @@ class TestGivingUp:
         assert len(asked(hub)) == 6 + ("expire" in act)
         assert "signature" not in str(caught.value)
         assert WRITE_TOKEN not in str(caught.value)
+
+    @pytest.mark.parametrize("act", ["truncate_at", "reset_at"])
+    def test_with_hardly_any_progress(self, hub, reader, act):
+        hub.fail(Fault(kind="cdn", times=50, **{act: 7}))
+        with pytest.raises(PassingError, match=r"the connection failed|ended too soon"):
+            read(reader)
+        assert len(asked(hub)) == 6
 
     def test_at_once_where_it_is_told_to_stay(self, hub, reader):
         hub.fail(Fault(kind="cdn", status=400, times=None))

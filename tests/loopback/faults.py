@@ -36,7 +36,7 @@ class Fault:
     retry_after: float | None = None
     reset: bool = False  # TCP reset, no answer
     after_act: bool = False  # with status and reset: first do what was asked, then so
-    expire: bool = False  # the CDN's 403 for a signature that has expired
+    expire: bool = False  # the CDN's 403 for a signature that has expired, for good
     # Acts on the range.
     ignore_range: bool = False  # 200 with the whole file
     wrong_range: bool = False  # 206 with another part

@@ -53,6 +53,8 @@ class Shared:
         self.closing = threading.Event()
         self.link = Rate(link_rate, self.closing)
         self.crashes: list[str] = []
+        # Addresses that have met the fault: they stay so.
+        self.expired: set[str] = set()
 
 
 class Shape:

@@ -121,6 +121,8 @@ class Handler(BaseHTTPRequestHandler):
     do_HEAD = do_POST = do_PUT = do_DELETE = do_GET  # noqa: N815
 
     def _answer(self, request: Request, action: Action) -> Answer:
+        if self.path in self.hub.expired:
+            return expired()
         fault = self.hub.faults.before(request.row)
         if fault is None:
             return self._act(request, action)
@@ -130,6 +132,7 @@ class Handler(BaseHTTPRequestHandler):
             request.drain()  # else the other side might fail in sending, and see no reset
             raise Reset
         if fault.expire:
+            self.hub.expired.add(self.path)
             return expired()
         headers = {} if fault.retry_after is None else {"Retry-After": f"{fault.retry_after:g}"}
         return Answer.of({"error": f"loopback fault: {fault.name}"}, fault.status or 500, **headers)
