@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from kifmerge.tensor.fusion import indicator
@@ -135,7 +136,9 @@ def ties(
     sign = _add_up([terms[0].clone(), *terms[1:]])
     sign.sign_().add_(0.5).sign_()  # 0 becomes 1; a comparison would take many times as long
     agreeing = [term.mul_(sign).relu_() for term in terms]
-    update = _add_up([agreeing[0] + 0.0, *agreeing[1:]])  # 0.0 is added so that none is -0.0
+    update = _add_up(
+        [torch.add(agreeing[0], 0.0), *agreeing[1:]]
+    )  # 0.0 is added so that none is -0.0
     votes = zip(agreeing, weights, strict=True)
     divisor = _add_up([_times(one.sign_(), abs(weight)) for one, weight in votes])
     smallest = min((abs(weight) for weight in weights if weight), default=1.0)
