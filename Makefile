@@ -1,8 +1,9 @@
-# make test        everything CI runs: format, lint, types, all tests
-# make test-fast   the tests that take no more than a few seconds each
+# make test         everything CI runs: format, lint, types, all tests
+# make test-fast    the tests that take no more than a few seconds each
+# make bench-merge  what merges cost beside other tools, which it installs; 45 GB in $TMPDIR
 PYTHON ?= .venv/bin/python
 
-.PHONY: setup demo test test-fast lint format bench
+.PHONY: setup demo test test-fast lint format bench bench-merge
 
 setup: .venv/ready
 
@@ -31,10 +32,15 @@ format: setup
 	$(PYTHON) -m ruff format .
 	$(PYTHON) -m ruff check --fix .
 
-bench: setup
+bench: bench-merge
 	$(PYTHON) tests/bench/training_cost.py
 	$(PYTHON) tests/bench/chain_cost.py
 	$(PYTHON) tests/bench/importance_memory.py
-	$(PYTHON) tests/bench/merge_cost.py
-	$(PYTHON) tests/bench/prune_cost.py
 	$(PYTHON) tests/bench/hub_cost.py
+
+bench-merge: setup
+	$(PYTHON) tests/bench/merge_cost.py --peers
+	$(PYTHON) tests/bench/growth_cost.py --remove
+	$(PYTHON) tests/bench/selection_cost.py
+	$(PYTHON) tests/bench/prune_cost.py
+	$(PYTHON) tests/bench/start_cost.py

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kifmerge.checkpoint.snapshot import Snapshot, read_snapshot
     from kifmerge.errors import KifmergeError
-    from kifmerge.phases.importance import ImportanceCallback
+    from kifmerge.phases.gathered import write_checkpoint
+    from kifmerge.phases.importance import ImportanceCallback, write_accumulator
     from kifmerge.phases.memory import select_memory
+    from kifmerge.phases.parameters import trained_parameters
     from kifmerge.phases.presets import PRESETS, RecurrentOptions
-    from kifmerge.phases.recurrent import Round
+    from kifmerge.phases.recurrent import RecurrentRounds, Round
     from kifmerge.phases.trainer import RecurrentMixin, RecurrentTrainer
     from kifmerge.recipe import Recipe, load_recipe
     from kifmerge.run import collect_report, run_recipe
@@ -32,6 +34,7 @@ _HOMES = {
     "Recipe": "recipe",
     "RecurrentMixin": "phases.trainer",
     "RecurrentOptions": "phases.presets",
+    "RecurrentRounds": "phases.recurrent",
     "RecurrentTrainer": "phases.trainer",
     "Round": "phases.recurrent",
     "Snapshot": "checkpoint.snapshot",
@@ -46,6 +49,9 @@ _HOMES = {
     "recurrent_kif_adaptive": "tensor.fusion",
     "run_recipe": "run",
     "select_memory": "phases.memory",
+    "trained_parameters": "phases.parameters",
+    "write_accumulator": "phases.importance",
+    "write_checkpoint": "phases.gathered",
 }
 
 __all__ = [
@@ -57,6 +63,7 @@ __all__ = [
     "Recipe",
     "RecurrentMixin",
     "RecurrentOptions",
+    "RecurrentRounds",
     "RecurrentTrainer",
     "Round",
     "Snapshot",
@@ -71,6 +78,9 @@ __all__ = [
     "recurrent_kif_adaptive",
     "run_recipe",
     "select_memory",
+    "trained_parameters",
+    "write_accumulator",
+    "write_checkpoint",
 ]
 
 

@@ -9,6 +9,8 @@
     └── TryAgainError             4  network, full disk: the same command may work later
         └── DamagedTransferError  4  bytes came otherwise than they were sent: none is kept
 
+    ToldElsewhereError               what another process of the same work tells: see there
+
 A message says what we were doing, what was found against what was expected, and what to do next.
 """
 
@@ -59,6 +61,18 @@ class TryAgainError(KifmergeError):
 
 class DamagedTransferError(TryAgainError):
     """Bytes came otherwise than they were sent: what was made of them must not be kept."""
+
+
+class ToldElsewhereError(Exception):
+    """An error that another process of the same work tells: this one ends without a word.
+
+    Attributes:
+        exit_code: of that error.
+    """
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("told by another process")
+        self.exit_code = exit_code
 
 
 def check_choices(options: Any) -> None:

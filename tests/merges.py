@@ -17,7 +17,7 @@ from torch import Tensor
 from kifmerge.checkpoint import pieces as pieces_module
 from kifmerge.checkpoint.snapshot import read_snapshot
 from kifmerge.errors import CheckpointError
-from kifmerge.phases import merge as merge_module
+from kifmerge.phases import merge_plan as merge_plan_module
 from kifmerge.phases import selection as selection_module
 from kifmerge.phases.group import Group, GroupOptions
 from kifmerge.phases.inputs import MergeInputs
@@ -290,8 +290,8 @@ def every_rule(test: Callable[..., None]) -> Callable[..., None]:
 def cut_small(patch: pytest.MonkeyPatch, num_bytes: int) -> None:
     """Have all phases of a merge work in pieces of at most so many bytes."""
     patch.setattr(pieces_module, "CPU_PIECE_BYTES", num_bytes)
-    patch.setattr(merge_module, "CPU_PIECE_BYTES", num_bytes)
-    patch.setattr(merge_module, "LEAST_PIECE_BYTES", 1)
+    patch.setattr(merge_plan_module, "CPU_PIECE_BYTES", num_bytes)
+    patch.setattr(merge_plan_module, "LEAST_PIECE_BYTES", 1)
     patch.setattr(selection_module, "COUNTED_BYTES", num_bytes)
     patch.setattr(selection_module, "LEAST_COUNTED_BYTES", 1)
 

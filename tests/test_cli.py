@@ -161,6 +161,7 @@ class TestRun:
         assert content["format"] == "kifmerge.report"
         assert content == json.loads((finished[0] / "results.json").read_text())
 
+    @pytest.mark.slow
     def test_bracketed_names_are_shown_as_they_are(self, recipe_path, tmp_path):
         out = tmp_path / "[bold]run[" / "[/a]"
         content = yaml.safe_load(recipe_path.read_text())
@@ -255,6 +256,7 @@ class TestErrors:
         assert not list(out.rglob(".unfinished-*"))
         assert not list(out.rglob("stage.json"))
 
+    @pytest.mark.slow
     def test_mended_recipe_runs_in_the_folder_that_its_mistake_left(self, recipe_path, tmp_path):
         out = tmp_path / "run"
         first = invoke("run", recipe_path, "--out", out, "--set", "tasks.1.test=none.jsonl")

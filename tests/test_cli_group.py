@@ -160,6 +160,7 @@ def test_inspect_shows_units(folder):
     assert "tensors" not in content
 
 
+@pytest.mark.slow
 def test_command_needs_no_training_libraries(folder):
     script = (
         "import sys; from kifmerge.cli import app\n"

@@ -33,10 +33,10 @@ LAYERED = {
 KILLED = """
 import os, sys
 from kifmerge.cli import app
-from kifmerge.phases import fuse, merge
+from kifmerge.phases import fuse, merge_plan
 import time
 
-merge.CPU_PIECE_BYTES, merge.LEAST_PIECE_BYTES = 64, 1
+merge_plan.CPU_PIECE_BYTES, merge_plan.LEAST_PIECE_BYTES = 64, 1
 split = fuse.split_piece
 
 
@@ -107,6 +107,30 @@ class TestMerge:
         assert (plan["num_models"], plan["num_files"]) == (2, 1)
         assert plan["peak_memory_bytes"] > 50_000_000
         assert sorted(folder.iterdir()) == before
+
+    def test_dry_run_estimates_the_time(self, folder):
+        rates = ["--disk-rate", "10KB/s", "--network-rate", "1 MB"]
+        plan = json.loads(invoke(*arguments(folder, "--dry-run", "--json", *rates)).stdout)
+        seconds = round((plan["read_bytes"] + plan["write_bytes"]) / 10_000)
+        assert plan["estimate"]["seconds"] == plan["estimate"]["disk_seconds"] == seconds > 1
+        shown = invoke(*arguments(folder, "--dry-run", *rates)).stdout
+        assert f"\nestimate:\n  time: {seconds} s\n" in shown
+        assert "nothing cached" in shown
+        assert "estimate" not in invoke(*arguments(folder, "--dry-run")).stdout
+
+    @pytest.mark.parametrize(
+        ("more", "told"),
+        [
+            (["--dry-run", "--disk-rate", "fast"], "--disk-rate: 'fast' is no size"),
+            (["--dry-run", "--network-rate", "0MB"], "--network-rate: '0MB' is no size"),
+            (["--disk-rate", "1MB"], "--disk-rate: only --dry-run estimates"),
+        ],
+    )
+    def test_rates_that_are_none(self, folder, more, told):
+        result = invoke(*arguments(folder, *more))
+        assert result.exit_code == 2
+        assert told in " ".join(result.stderr.split())
+        assert not (folder / "out").exists()
 
     def test_dry_run_finds_what_does_not_fit(self, folder):
         folders.save(folder / "new", {"a.weight": torch.zeros(1)})
@@ -284,6 +308,7 @@ class TestMerge:
         assert invoke(*arguments(folder, "--overwrite")).exit_code == 0
         assert not (folder / "out/x").exists()
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
     def test_killed_midway_leaves_no_folder(self, folder, number):
         command = [sys.executable, "-c", KILLED, *map(str, arguments(folder))]

@@ -93,6 +93,11 @@ def test_dry_run(folder):
     plan = json.loads(result.stdout)
     assert plan["num_parameters"] == 650
     assert plan["peak_memory_bytes"] > 1_000_000
+    assert "estimate" not in plan
+    plan = json.loads(prune(folder, "--dry-run", "--json", "--disk-rate", "1KB/s").stdout)
+    moved = plan["read_bytes"] + plan["write_bytes"]
+    assert plan["estimate"]["seconds"] == round(moved / 1000) > 1
+    assert prune(folder, "--disk-rate", "1KB/s").exit_code == 2
     assert not (folder / "new-mask").exists()
 
 

@@ -182,6 +182,7 @@ def killed(tmp_path, rule, **options):
     return Killed(scenarios.SCENARIOS[rule](tmp_path), **options)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_flush")
 @pytest.mark.parametrize(("rule", "overwrite"), [("recurrent-kif", True), ("ties", False)])
 def test_kills_on_the_way(tmp_path, rule, overwrite):

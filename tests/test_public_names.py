@@ -5,9 +5,10 @@ import kifmerge
 
 PINNED = """
 PRESETS ImportanceAccumulator ImportanceCallback ImportanceOptions KifmergeError Recipe
-RecurrentMixin RecurrentOptions RecurrentTrainer Round Snapshot Threshold collect_report
-continual_metrics importance_threshold kth_smallest load_recipe read_snapshot recurrent_kif
-recurrent_kif_adaptive run_recipe select_memory
+RecurrentMixin RecurrentOptions RecurrentRounds RecurrentTrainer Round Snapshot Threshold
+collect_report continual_metrics importance_threshold kth_smallest load_recipe read_snapshot
+recurrent_kif recurrent_kif_adaptive run_recipe select_memory trained_parameters write_accumulator
+write_checkpoint
 """
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import folders
 import pytest
 import synthetic
+import torch
 import typer.testing
 
 from kifmerge.cli import app
@@ -39,6 +40,15 @@ def commands():
     return [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
 
 
+def run_by_torchrun(line):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*command, *shlex.split(line)[1:]], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"{line}\n{done.stderr}"
+
+
+@pytest.mark.slow
 def test_python_of_the_readme_runs(tmp_path):
     (code,) = blocks("python")
     done = subprocess.run(
@@ -74,9 +84,15 @@ def test_phases_of_the_readme_run(tmp_path, monkeypatch):
     shown = {}
     for block in [b for b in blocks("bash") if " try/" in b]:
         for line in block.splitlines():
+            if line.startswith("torchrun "):
+                run_by_torchrun(line)
+                continue
             result = typer.testing.CliRunner().invoke(app, shlex.split(line)[1:])
             assert result.exit_code == 0, f"{line}\n{result.output}"
             shown[line] = result.stdout
+    assert folders.load(Path("try/shared")).keys() == folders.load(Path("try/merged")).keys()
+    for name, value in folders.load(Path("try/shared")).items():
+        assert torch.equal(folders.load(Path("try/merged"))[name], value)
     assert "20.0%" in shown["kifmerge inspect try/round-1/inner/importance"]
     assert folders.load(Path("try/ties")).keys() == folders.load(Path("try/merged")).keys()
     for path in Path("try/merged").iterdir():

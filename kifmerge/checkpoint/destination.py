@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from kifmerge.checkpoint.folder import Folder
-from kifmerge.checkpoint.journal import (
-    refuse_occupied,
-    remove_finished,
-    resumable_folder,
-)
+from kifmerge.checkpoint.journal import refuse_occupied, remove_finished
 from kifmerge.checkpoint.provenance import is_made, read_details, refuse_inputs_inside
+from kifmerge.checkpoint.ranks import ALONE, Ranks
+from kifmerge.checkpoint.shared_folder import shared_resumable_folder
 
 
 class Work(Protocol):
@@ -101,11 +99,13 @@ class LocalDestination:
         path: of the folder.
         resume: go on from the files that an interrupted call has finished.
         overwrite: what it holds may go, once the new folder is whole.
+        ranks: fill it together.
     """
 
     path: Path
     resume: bool = False
     overwrite: bool = False
+    ranks: Ranks = ALONE
 
     @property
     def repository(self) -> str | None:
@@ -128,5 +128,7 @@ class LocalDestination:
         return None
 
     def begin(self, work: Mapping[str, Any]) -> contextlib.AbstractContextManager[Work]:
-        """See :func:`kifmerge.checkpoint.journal.resumable_folder`."""
-        return resumable_folder(self.path, work, resume=self.resume, overwrite=self.overwrite)
+        """See :func:`kifmerge.checkpoint.shared_folder.shared_resumable_folder`."""
+        return shared_resumable_folder(
+            self.path, work, self.ranks, resume=self.resume, overwrite=self.overwrite
+        )

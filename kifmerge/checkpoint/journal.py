@@ -5,7 +5,9 @@ While OUT is being made, the hidden folder .OUT.unfinished beside it holds
     lock            held by the process that works there
     work.json       what is being made, from what: another work does not go on from here
     journal.jsonl   one line for each file that is whole on the disk, with its SHA-256
+    journal-K.jsonl   the same of rank K, where several processes share the work
     new/            what becomes OUT, in one renaming, when all of it is there
+    rank-K-*/       what rank K is writing
     replaced/       what OUT was, from just before that renaming to just after it
 """
 
@@ -13,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
+import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -22,8 +24,8 @@ from typing import Any
 import filelock
 
 from kifmerge.checkpoint.atomic import disk_errors, flush, write_json, write_text
-from kifmerge.checkpoint.digest import file_sha256
 from kifmerge.checkpoint.provenance import read_details
+from kifmerge.checkpoint.records import append_record, is_whole, parse_journal
 from kifmerge.errors import (
     CheckpointError,
     DamagedTransferError,
@@ -35,10 +37,12 @@ from kifmerge.errors import (
 
 _LOCK = "lock"
 _WORK = "work.json"
-_JOURNAL = "journal.jsonl"
-_NEW = "new"
+JOURNAL = "journal.jsonl"
+_JOURNALS = "journal*.jsonl"
+NEW = "new"
+_RANK_FOLDERS = "rank-*"
 _REPLACED = "replaced"
-_KEPT = "finished files are kept: --resume goes on from them"
+KEPT = "finished files are kept: --resume goes on from them"
 _NOTHING_KEPT = "no file was finished, and nothing is kept"
 # Configuration, card, index and journal, beside the files that a plan counts.
 _SPARE_BYTES = 1 << 24
@@ -56,12 +60,12 @@ class Journal:
     holds_one = False
 
     def __init__(self, work_dir: Path) -> None:
-        self.directory = work_dir / _NEW
-        self._path = work_dir / _JOURNAL
+        self.directory = work_dir / NEW
+        self._path = work_dir / JOURNAL
         self.finished: dict[str, dict[str, Any]] = {}
         self.directory.mkdir(exist_ok=True)
-        for name, record in self._read().items():
-            if _is_whole(self.directory / name, record):
+        for name, record in self._make_one().items():
+            if is_whole(self.directory / name, record):
                 self.finished[name] = record
         self.remove_unfinished()
 
@@ -71,10 +75,7 @@ class Journal:
         The file must have been flushed.
         """
         flush(self.directory)
-        with self._path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(dict(record)) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
+        append_record(self._path, record)
         self.finished[record["name"]] = dict(record)
         flush(self._path.parent)
 
@@ -84,21 +85,50 @@ class Journal:
 
     def remove_unfinished(self) -> None:
         """Remove what lies beside the finished files."""
-        for path in self.directory.iterdir():
+        for path in (*self.directory.iterdir(), *self._path.parent.glob(_RANK_FOLDERS)):
             if path.name not in self.finished:
                 _delete(path)
 
-    def _read(self) -> dict[str, dict[str, Any]]:
-        """File name -> its last record, but for lines that a kill has left unfinished."""
-        if not self._path.exists():
-            return {}
-        found = self._path.read_text(encoding="utf-8", errors="replace")
-        records = parse_journal(found)
-        # Later lines must not be glued to a broken one.
+    def make_rank_folders(self, num_ranks: int) -> str:
+        """A folder for each rank but the first; returns what :class:`RankFolder` finds it by."""
+        session = secrets.token_hex(4)
+        for rank in range(1, num_ranks):
+            rank_folder(self._path.parent, rank, session).mkdir()
+        flush(self._path.parent)
+        return session
+
+    def hear_ranks(self) -> None:
+        """Take over what other ranks have noted."""
+        for record in parse_journal("\n".join(map(_text, self._others()))):
+            if (self.directory / record["name"]).is_file():
+                self.finished.setdefault(record["name"], record)
+
+    def _make_one(self) -> dict[str, dict[str, Any]]:
+        """One journal of all ranks'; returns the last record of each file by its name."""
+        others = self._others()
+        # In about the order of time: the other ranks began when this journal held all.
+        texts = [_text(path) for path in (self._path, *others)]
+        records = parse_journal("\n".join(texts))
+        # Later lines must not be glued to one that a kill has left unfinished.
         mended = "".join(json.dumps(record) + "\n" for record in records)
-        if mended != found:
+        if others or mended != texts[0]:
             write_text(self._path, mended)
+        for path in others:
+            path.unlink()
         return {record["name"]: record for record in records}
+
+    def _others(self) -> list[Path]:
+        return sorted({*self._path.parent.glob(_JOURNALS)} - {self._path})
+
+
+def _text(journal: Path) -> str:
+    """What a journal holds, which need not be there."""
+    return journal.read_text(encoding="utf-8", errors="replace") if journal.exists() else ""
+
+
+def rank_folder(work_dir: Path, rank: int, session: str) -> Path:
+    """Where a rank that is not the first writes."""
+    return work_dir / f"rank-{rank:05d}-{session}"
 
 
 def unfinished_folder(path: Path) -> Path:
@@ -212,7 +242,7 @@ def _locked(work_dir: Path, path: Path) -> Iterator[None]:
 
 def _has_leftovers(work_dir: Path) -> bool:
     """Whether there may be something to go on from: at the end ``new`` is renamed."""
-    return (work_dir / _NEW).is_dir()
+    return (work_dir / NEW).is_dir()
 
 
 def _check_work(work_dir: Path, path: Path, work: Mapping[str, Any]) -> None:
@@ -223,29 +253,31 @@ def _check_work(work_dir: Path, path: Path, work: Mapping[str, Any]) -> None:
         begun = read_details(work_dir / _WORK)
     except CheckpointError as error:
         raise RunError(f"{error}: call the command without --resume to begin anew") from error
-    if not begun or not (work_dir / _JOURNAL).exists():
+    if not begun or not any(work_dir.glob(_JOURNALS)):
         _empty(work_dir)
         write_json(work_dir / _WORK, plain)
     elif begun != plain:
         heading = f"the unfinished work beside {path} was begun otherwise"
         raise RunError(
-            problem_list(heading, list(_differences(begun, plain)))
+            problem_list(heading, list(differences(begun, plain)))
             + f"\nCall the command as it was called then, {anew}"
         )
 
 
-def _differences(begun: Any, now: Any, where: str = "") -> Iterator[str]:
+def differences(
+    begun: Any, now: Any, where: str = "", *, names: tuple[str, str] = ("then", "now")
+) -> Iterator[str]:
     """Where two values of JSON differ, and how."""
     if isinstance(begun, dict) and isinstance(now, dict):
         for key in sorted({*begun, *now}):
             if begun.get(key) != now.get(key):
                 inner = f"{where}, {key}" if where else key
-                yield from _differences(begun.get(key), now.get(key), inner)
+                yield from differences(begun.get(key), now.get(key), inner, names=names)
         return
     if isinstance(begun, list) and isinstance(now, list) and isinstance((begun + now)[0], list):
         # Long lists of files: those that have changed are of interest.
         begun, now = [i for i in begun if i not in now], [i for i in now if i not in begun]
-    yield f"{where}: {json.dumps(begun)} then, {json.dumps(now)} now"
+    yield f"{where}: {json.dumps(begun)} {names[0]}, {json.dumps(now)} {names[1]}"
 
 
 def _publish(journal: Journal, path: Path, *, overwrite: bool) -> None:
@@ -273,8 +305,10 @@ def _put_back(work_dir: Path, path: Path) -> None:
 
 def _tidied(work_dir: Path, journal: Journal | None, error: BaseException) -> str:
     """Remove what the work cannot go on from, after an error; returns what is kept."""
-    if journal is None and (work_dir / _JOURNAL).exists():
-        return _KEPT
+    if journal is None and any(work_dir.glob(_JOURNALS)):
+        return KEPT
+    if journal is not None:
+        journal.hear_ranks()
     if journal is not None and not _has_leftovers(work_dir):
         _remove(work_dir)
         return "it is whole"
@@ -283,7 +317,7 @@ def _tidied(work_dir: Path, journal: Journal | None, error: BaseException) -> st
         return _NOTHING_KEPT
     with contextlib.suppress(OSError):  # the error that led here is the one to be told
         journal.remove_unfinished()
-    return f"{len(journal.finished)} {_KEPT}"
+    return f"{len(journal.finished)} {KEPT}"
 
 
 def spoils_work(error: BaseException) -> bool:
@@ -313,26 +347,3 @@ def _empty(work_dir: Path) -> None:
 
 def _delete(path: Path) -> None:
     path.unlink() if path.is_file() else shutil.rmtree(path)
-
-
-def parse_journal(text: str) -> list[dict[str, Any]]:
-    """Its records, but for lines that a kill has left unfinished, or that are not ours."""
-    return [record for line in text.splitlines() if (record := _parsed(line)) is not None]
-
-
-def _parsed(line: str) -> dict[str, Any] | None:
-    """A line of the journal; None if it is not one of ours, whole."""
-    try:
-        record = json.loads(line)
-        name, num_bytes, sha256 = record["name"], record["num_bytes"], record["sha256"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None
-    types = (type(name), type(num_bytes), type(sha256))
-    # A name with folders in it could lead out of the work.
-    return record if types == (str, int, str) and Path(name).name == name else None
-
-
-def _is_whole(path: Path, record: Mapping[str, Any]) -> bool:
-    if not path.is_file() or path.stat().st_size != record["num_bytes"]:
-        return False
-    return bool(file_sha256(path) == record["sha256"])

@@ -18,6 +18,7 @@ from torch import Tensor
 from kifmerge.checkpoint.atomic import write_json
 from kifmerge.checkpoint.folder import Folder, as_folder
 from kifmerge.checkpoint.header import TensorInfo
+from kifmerge.checkpoint.pieces import pieces
 from kifmerge.checkpoint.provenance import check_format, read_details
 from kifmerge.checkpoint.sink import FolderSink
 from kifmerge.checkpoint.source import FolderSource
@@ -169,6 +170,12 @@ class MaskSink:
         if start % _BITS or (stop % _BITS and stop != self._infos[name].numel):
             raise ValueError(f"{name}: elements {start} to {stop} do not fill whole bytes")
         self._sink.add(name, start // _BITS, pack_bits(values))
+
+    def add_packed(self, source: FolderSource) -> None:
+        """Take whole tensors of another mask, as they are stored."""
+        for piece in pieces(source, source.names()):
+            for part in piece:
+                self._sink.add(part.name, part.start, source.read(*part))
 
     def commit(self) -> None:
         """Check that nothing is missing; write ``mask.json``."""

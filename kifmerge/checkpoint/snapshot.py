@@ -19,8 +19,10 @@ from torch import Tensor
 
 from kifmerge.checkpoint.atomic import whole_file, write_json
 from kifmerge.checkpoint.folder import Folder, as_folder
-from kifmerge.checkpoint.header import TensorInfo, bytes_of, header_of
+from kifmerge.checkpoint.gathering import Part, write_parts, write_tensor
+from kifmerge.checkpoint.header import TensorInfo, header_of
 from kifmerge.checkpoint.provenance import check_format, read_details
+from kifmerge.checkpoint.ranks import Ranks
 from kifmerge.checkpoint.source import FolderSource, index_name
 from kifmerge.errors import CheckpointError
 from kifmerge.tensor.importance import Score, score
@@ -30,9 +32,6 @@ VERSION = 1
 STEM = "importance"
 TENSOR_FILE = f"{STEM}.safetensors"
 DETAIL_FILE = f"{STEM}.json"
-
-# Elements that are converted, and brought from a device, at a time.
-_PIECE_NUMEL = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +107,33 @@ def write_snapshot(
         weight_map = {key: file for file, keys in files.items() for key in keys}
         content = {"metadata": {"total_size": num_bytes}, "weight_map": weight_map}
         write_json(directory / index_name(STEM), content)
+    _write_details(directory, details)
+
+
+def write_gathered_snapshot(
+    directory: Path, parts: Sequence[Part], details: Mapping[str, Any], ranks: Ranks
+) -> None:
+    """Write a snapshot of tensors that processes hold parts of; all of them call it together.
+
+    Args:
+        directory: that all processes see; made if need be.
+        parts: with the keys of :func:`write_snapshot`.
+        details: what is known.
+        ranks: the processes; each writes a file of its own where that is worth it.
+
+    Raises:
+        CheckpointError: a process could not write.
+    """
+    if ranks.is_first:
+        (directory / DETAIL_FILE).unlink(missing_ok=True)
+    ranks.meet()
+    write_parts(directory, STEM, parts, ranks)
+    if ranks.is_first:
+        _write_details(directory, details)
+    ranks.meet()
+
+
+def _write_details(directory: Path, details: Mapping[str, Any]) -> None:
     header = {"format": FORMAT, "version": VERSION}
     write_json(directory / DETAIL_FILE, {**header, **details, **header})
 
@@ -121,10 +147,7 @@ def _write_file(
     with whole_file(path) as temporary, temporary.open("wb") as file:
         file.write(first)
         for key, kept_as in infos:
-            flat = tensors[key].detach().reshape(-1)
-            for start in range(0, flat.numel(), _PIECE_NUMEL):
-                piece = flat[start : start + _PIECE_NUMEL].to("cpu", kept_as.dtype)
-                file.write(bytes_of(piece))
+            write_tensor(file, tensors[key], kept_as)
     return sum(kept_as.nbytes for _, kept_as in infos)
 
 

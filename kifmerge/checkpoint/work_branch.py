@@ -27,7 +27,8 @@ from typing import Any
 import filelock
 from huggingface_hub.errors import RevisionNotFoundError
 
-from kifmerge.checkpoint.journal import parse_journal, refuse_full_disk, spoils_work
+from kifmerge.checkpoint.journal import refuse_full_disk, spoils_work
+from kifmerge.checkpoint.records import parse_journal
 from kifmerge.errors import KifmergeError
 from kifmerge.hub.background import in_own_thread, result_of
 from kifmerge.hub.client import Say, hub_api, patiently, silent

@@ -13,7 +13,7 @@ import typer
 import typer.core
 
 from kifmerge.cli import group, look, measure, merge, prune, pull, push, sequence, train
-from kifmerge.errors import EXIT_INTERRUPTED, KifmergeError
+from kifmerge.errors import EXIT_INTERRUPTED, KifmergeError, ToldElsewhereError
 
 # In the order in which --help shows them.
 _COMMANDS: tuple[Callable[..., None], ...] = (
@@ -44,6 +44,8 @@ class _ErrorMapping(typer.core.TyperGroup):
             return super().invoke(ctx)
         except KifmergeError as error:
             typer.echo(f"kifmerge: {error}", err=True)
+            raise typer.Exit(error.exit_code) from error
+        except ToldElsewhereError as error:
             raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt as error:
             kept = str(error) or "finished stages are kept"

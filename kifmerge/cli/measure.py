@@ -23,6 +23,7 @@ from kifmerge.cli.options import (
     column_templates,
 )
 from kifmerge.cli.output import print_mapping
+from kifmerge.cli.reporting import as_usage, ranks_of_command
 
 if TYPE_CHECKING:
     from kifmerge.display import ProgressDisplay
@@ -177,63 +178,82 @@ def importance(
 ) -> None:
     """Measure which parameters of a model matter for some rows; its weights stay as they are."""
     from kifmerge.checkpoint.atomic import whole_folder
-    from kifmerge.checkpoint.provenance import is_made, made_by, read_details
+    from kifmerge.checkpoint.provenance import is_made, made_by
+    from kifmerge.checkpoint.shared_folder import refuse_other_work
     from kifmerge.checkpoint.snapshot import DETAIL_FILE
     from kifmerge.display import ProgressDisplay
     from kifmerge.phases.data import read_examples
     from kifmerge.phases.measure import (
+        ONE_PROCESS_SMOOTHS,
         MeasureOptions,
         checkpoint_files,
         measure_importance,
         open_at_rest,
+        use_share_of_machine,
         write_measurement,
     )
     from kifmerge.phases.tables import pinned_source
 
-    display = ProgressDisplay(quiet=quiet)
-    reading = _data_options([source], columns, labels, samples)
-    source = pinned_source(source, display.say)
-    examples = read_examples(source, reading)
-    found, adapter = _model_options(model, adapter, settings, display.say)
-    options = MeasureOptions(
-        average=average,
-        sensitivity=order,
-        batch_size=batch_size,
-        targets=tuple(targets or ()),
-        nonfinite=nonfinite,
-        dtype=dtype,
-    )
-    recorded = {**_recorded(found, reading), **dataclasses.asdict(options)}
-    parents = {"model": found.model.reference, "adapter": adapter, "data": source}
-    wanted = made_by("importance", recorded, parents)
-    if dry_run:
-        print_mapping(wanted, json_output=json_output)
-        return
-    with display:
-        if is_made(out, DETAIL_FILE, wanted, overwrite=overwrite):
-            display.say(f"{out} holds this very snapshot already: nothing to do")
-        else:
-            loaded = open_at_rest(found.model, adapter, found.training, display.say)
-            measured = measure_importance(
-                loaded,
-                examples,
-                options,
-                checkpoint_files(found.model, adapter),
-                on_batch=_counter(display, "measuring", len(examples)),
-                say=display.say,
-            )
-            details = {"model": found.model.reference, "adapter": adapter, "data": source}
-            with whole_folder(out, overwrite=overwrite) as temporary:
-                write_measurement(temporary, measured, {**details, "made_by": wanted})
-        details = read_details(out / DETAIL_FILE)
-        if details["skipped_batches"]:
-            display.say(
-                f"{details['skipped_batches']} batches left out: a loss or gradient was not finite"
-            )
-        if details["not_in_files"]:
-            names, more = details["not_in_files"][:3], len(details["not_in_files"]) - 3
-            shown = ", ".join(names) + (f" and {more} more" if more > 0 else "")
-            display.say(f"not in the checkpoint's files, kept under their own names: {shown}")
+    with ranks_of_command(dry_run=dry_run) as ranks:
+        display = ProgressDisplay(quiet=quiet or not ranks.is_first)
+        reading = _data_options([source], columns, labels, samples)
+        source = pinned_source(source, display.say)
+        examples = read_examples(source, reading)
+        found, adapter = _model_options(model, adapter, settings, display.say)
+        with as_usage():
+            if ranks.size > 1 and average != "mean":
+                raise ValueError(ONE_PROCESS_SMOOTHS)
+        options = MeasureOptions(
+            average=average,
+            sensitivity=order,
+            batch_size=batch_size,
+            targets=tuple(targets or ()),
+            nonfinite=nonfinite,
+            dtype=dtype,
+        )
+        recorded = {**_recorded(found, reading), **dataclasses.asdict(options)}
+        parents = {"model": found.model.reference, "adapter": adapter, "data": source}
+        wanted = made_by("importance", recorded, parents)
+        if dry_run:
+            print_mapping(wanted, json_output=json_output)
+            return
+        refuse_other_work(wanted, ranks)
+        with display:
+            if ranks.from_first(lambda: is_made(out, DETAIL_FILE, wanted, overwrite=overwrite)):
+                display.say(f"{out} holds this very snapshot already: nothing to do")
+            else:
+                use_share_of_machine(ranks)
+                loaded = open_at_rest(found.model, adapter, found.training, display.say)
+                measured = measure_importance(
+                    loaded,
+                    examples,
+                    options,
+                    checkpoint_files(found.model, adapter),
+                    on_batch=_counter(display, "measuring", len(examples)),
+                    say=display.say,
+                    ranks=ranks,
+                )
+                details = {"model": found.model.reference, "adapter": adapter, "data": source}
+                if ranks.is_first:
+                    with whole_folder(out, overwrite=overwrite) as temporary:
+                        write_measurement(temporary, measured, {**details, "made_by": wanted})
+        if ranks.is_first:
+            _print_measured(out, display, json_output=json_output)
+
+
+def _print_measured(out: Path, display: ProgressDisplay, *, json_output: bool) -> None:
+    from kifmerge.checkpoint.provenance import read_details
+    from kifmerge.checkpoint.snapshot import DETAIL_FILE
+
+    details = read_details(out / DETAIL_FILE)
+    if details["skipped_batches"]:
+        display.say(
+            f"{details['skipped_batches']} batches left out: a loss or gradient was not finite"
+        )
+    if details["not_in_files"]:
+        names, more = details["not_in_files"][:3], len(details["not_in_files"]) - 3
+        shown = ", ".join(names) + (f" and {more} more" if more > 0 else "")
+        display.say(f"not in the checkpoint's files, kept under their own names: {shown}")
     figures = (
         "options", "targets", "dtype", "model_dtype",
         "batch_size", "samples", "batches", "skipped_batches",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -11,10 +10,13 @@ import typer
 
 from kifmerge.cli.options import (
     AllowOption,
+    DeviceOption,
+    DiskRateOption,
     DryRunOption,
     FetchOption,
     FractionOption,
     JsonOption,
+    NetworkRateOption,
     NonfiniteOption,
     QuietOption,
     ReplaceOption,
@@ -23,12 +25,21 @@ from kifmerge.cli.options import (
     given,
     parse_allowed,
     parse_bytes,
+    parse_rates,
 )
-from kifmerge.cli.output import print_mapping
-from kifmerge.cli.reporting import as_usage, opener, print_result, reporting
+from kifmerge.cli.output import print_plan
+from kifmerge.cli.reporting import (
+    as_usage,
+    opener,
+    print_result,
+    ranks_of_command,
+    reporting,
+    workers_of_rank,
+)
 
 if TYPE_CHECKING:
     from kifmerge.checkpoint.destination import Destination
+    from kifmerge.checkpoint.ranks import Ranks
     from kifmerge.hub.client import Say
     from kifmerge.phases.inputs import MergeInputs
     from kifmerge.phases.rules import FusionOptions
@@ -159,7 +170,10 @@ def merge(
         typer.Option(help="Whether others must not see a repository that --out creates."),
     ] = None,
     workers: WorkersOption = None,
+    device: DeviceOption = "cpu",
     dry_run: DryRunOption = False,
+    disk_rate: DiskRateOption = None,
+    network_rate: NetworkRateOption = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted merge into the same OUT.")
     ] = False,
@@ -168,80 +182,103 @@ def merge(
     quiet: QuietOption = False,
 ) -> None:
     """Fuse checkpoints: new with historical knowledge, or any number, by what matters to each."""
-    from kifmerge.phases.inputs import MergeInputs
-    from kifmerge.phases.merge import Merge, MergeOptions
-    from kifmerge.phases.rebuild import recorded_merge
-    from kifmerge.phases.rules import RULES
+    rates = parse_rates(disk_rate, network_rate, dry_run=dry_run)
+    with ranks_of_command(dry_run=dry_run) as ranks:
+        from kifmerge.checkpoint.device import find_device
+        from kifmerge.phases.inputs import MergeInputs
+        from kifmerge.phases.merge import Merge, MergeOptions
+        from kifmerge.phases.rebuild import recorded_merge
+        from kifmerge.phases.rules import RULES
 
-    folders = opener(fetch, quiet=quiet)
-    expected = None
-    told: dict[str, Any] = {
-        "important_fraction": important_fraction,
-        "scope": scope,
-        "redundant": redundant,
-        "shared_weights": shared_weights,
-        "temperature": temperature,
-        "unit": unit,
-        "scale": scale,
-        "density": density,
-        "normalise": normalise,
-        "weights": tuple(weight) if weight else None,
-    }
-    with as_usage():
-        if file is not None:
-            _refuse_beside_file(
-                rule, base, new, historical, model, given(told), new_importance,
-                historical_importance, importance, new_mask, historical_mask, mask, new_units,
-                historical_units, units, historical_parent, unscored, space, allow,
-                nonfinite != "refuse", config_from, shard_size, dtype,
-            )  # fmt: skip
-            recorded = recorded_merge(file, folders)
-            inputs, options, further = recorded.inputs, recorded.rule, recorded.options
-            expected = recorded.content
-        else:
-            models = _models(new, historical, model)
-            scores = _by_role(
-                "importance", models, new_importance, historical_importance, importance
-            )
-            masks = _by_role("mask", models, new_mask, historical_mask, mask)
-            inputs = MergeInputs(
-                base=folders.open(base) if base else None,
-                models=folders.open_each(models),
-                importance=folders.open_each(scores),
-                masks=folders.open_each(masks),
-                units=folders.open_each(
-                    _by_role("units", models, new_units, historical_units, units)
-                ),
-                config_from=folders.open(config_from) if config_from else None,
-            )
-            options = _rule_options(rule, given(told), inputs)
-            if historical_parent and not (inputs.is_two_sided and RULES[options.rule].needs_base):
-                raise ValueError(
-                    "--historical-parent goes with --new and --historical under a rule on task "
-                    "vectors"
+        folders = opener(fetch, quiet=quiet or not ranks.is_first)
+        expected = None
+        told: dict[str, Any] = {
+            "important_fraction": important_fraction,
+            "scope": scope,
+            "redundant": redundant,
+            "shared_weights": shared_weights,
+            "temperature": temperature,
+            "unit": unit,
+            "scale": scale,
+            "density": density,
+            "normalise": normalise,
+            "weights": tuple(weight) if weight else None,
+        }
+        with as_usage():
+            if ranks.size > 1 and _is_repository(out):
+                raise ValueError("a repository is made by one process: several make a folder")
+            if file is not None:
+                _refuse_beside_file(
+                    rule, base, new, historical, model, given(told), new_importance,
+                    historical_importance, importance, new_mask, historical_mask, mask, new_units,
+                    historical_units, units, historical_parent, unscored, space, allow,
+                    nonfinite != "refuse", config_from, shard_size, dtype,
+                )  # fmt: skip
+                recorded = recorded_merge(file, folders)
+                inputs, options, further = recorded.inputs, recorded.rule, recorded.options
+                expected = recorded.content
+            else:
+                models = _models(new, historical, model)
+                scores = _by_role(
+                    "importance", models, new_importance, historical_importance, importance
                 )
-            further = MergeOptions(
-                historical_parent=historical_parent,
-                unscored=unscored,
-                space=space,
-                allowed=parse_allowed(allow),
-                nonfinite=nonfinite,
-                shard_bytes=None if shard_size is None else parse_bytes(shard_size),
-                dtype=dtype,
+                masks = _by_role("mask", models, new_mask, historical_mask, mask)
+                inputs = MergeInputs(
+                    base=folders.open(base) if base else None,
+                    models=folders.open_each(models),
+                    importance=folders.open_each(scores),
+                    masks=folders.open_each(masks),
+                    units=folders.open_each(
+                        _by_role("units", models, new_units, historical_units, units)
+                    ),
+                    config_from=folders.open(config_from) if config_from else None,
+                )
+                options = _rule_options(rule, given(told), inputs)
+                if historical_parent and not (
+                    inputs.is_two_sided and RULES[options.rule].needs_base
+                ):
+                    raise ValueError(
+                        "--historical-parent goes with --new and --historical under a rule on task "
+                        "vectors"
+                    )
+                further = MergeOptions(
+                    historical_parent=historical_parent,
+                    unscored=unscored,
+                    space=space,
+                    allowed=parse_allowed(allow),
+                    nonfinite=nonfinite,
+                    shard_bytes=None if shard_size is None else parse_bytes(shard_size),
+                    dtype=dtype,
+                )
+            merging = Merge(
+                inputs,
+                options,
+                further,
+                num_workers=workers_of_rank(workers, ranks),
+                device=find_device(device, ranks.local_rank),
+                spare_disk=_is_repository(out),
             )
-        merging = Merge(
-            inputs, options, further, num_workers=workers, spare_disk=_is_repository(out)
+        plan = merging.plan()
+        if dry_run:
+            found = merging.estimate(rates) if rates else None
+            print_plan(plan, found, json_output=json_output)
+            return
+        destination = _destination(
+            out,
+            resume=resume,
+            overwrite=overwrite,
+            private=private,
+            say=folders.say,
+            ranks=ranks,
         )
-    plan = merging.plan()
-    if dry_run:
-        print_mapping(dataclasses.asdict(plan), json_output=json_output)
-        return
-    destination = _destination(
-        out, resume=resume, overwrite=overwrite, private=private, say=folders.say
-    )
-    with reporting("fusing", plan.num_parameters, quiet=quiet) as on_progress:
-        figures, is_new = merging.run(destination, expected=expected, on_progress=on_progress)
-    print_result(out, figures, is_new=is_new, json_output=json_output, quiet=quiet)
+        with reporting(
+            "fusing", plan.num_parameters, quiet=quiet, is_first=ranks.is_first
+        ) as on_progress:
+            figures, is_new = merging.run(
+                destination, expected=expected, on_progress=on_progress, ranks=ranks
+            )
+        if ranks.is_first:
+            print_result(out, figures, is_new=is_new, json_output=json_output, quiet=quiet)
 
 
 def _is_repository(out: str) -> bool:
@@ -251,7 +288,7 @@ def _is_repository(out: str) -> bool:
 
 
 def _destination(
-    out: str, *, resume: bool, overwrite: bool, private: bool | None, say: Say
+    out: str, *, resume: bool, overwrite: bool, private: bool | None, say: Say, ranks: Ranks
 ) -> Destination:
     from kifmerge.checkpoint.destination import LocalDestination
     from kifmerge.checkpoint.repository import RepositoryDestination
@@ -259,7 +296,7 @@ def _destination(
 
     if _is_repository(out):
         return RepositoryDestination(target=parse_target(out), private=private, say=say)
-    return LocalDestination(path=Path(out), resume=resume, overwrite=overwrite)
+    return LocalDestination(path=Path(out), resume=resume, overwrite=overwrite, ranks=ranks)
 
 
 def _refuse_beside_file(*others: Any) -> None:

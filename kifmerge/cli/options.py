@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+if TYPE_CHECKING:
+    from kifmerge.phases.estimate import Rates
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
@@ -38,6 +41,18 @@ ReplaceOption = Annotated[bool, typer.Option("--overwrite", help="Replace what -
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="Check all, print what would be done, and stop.")
 ]
+DiskRateOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="With --dry-run: what the disk reads and writes a second, such as 500MB; estimates "
+        "the time.",
+    ),
+]
+NetworkRateOption = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="With --dry-run: what the network brings or takes a second."),
+]
 FractionOption = Annotated[
     float | None,
     typer.Option(min=0, max=1, help="Share of parameters found important; 0.2 if not given."),
@@ -64,6 +79,10 @@ FetchOption = Annotated[
         help="Weights on the Hub: download them into the cache, stream them without keeping them, "
         "or what suits the work and the disk."
     ),
+]
+DeviceOption = Annotated[
+    str,
+    typer.Option(metavar="cpu|cuda|cuda:N", help="Where weights are fused; the same bytes."),
 ]
 WorkersOption = Annotated[
     int | None,
@@ -104,6 +123,26 @@ def parse_allowed(names: Sequence[str] | None) -> Any:
         if name not in MEANINGS:
             raise typer.BadParameter(f"--allow {name}: expected one of {', '.join(MEANINGS)}")
     return tuple(names or ())
+
+
+def parse_rates(disk: str | None, network: str | None, *, dry_run: bool) -> Rates:
+    """``--disk-rate`` and ``--network-rate``, such as 500MB or 500MB/s.
+
+    Raises:
+        BadParameter: no such rate, or nothing to estimate.
+    """
+    from kifmerge.phases.estimate import Rates
+
+    found = given({"--disk-rate": disk, "--network-rate": network})
+    if found and not dry_run:
+        raise typer.BadParameter(f"{', '.join(found)}: only --dry-run estimates how long it takes")
+    rates = {}
+    for option, text in found.items():
+        try:
+            rates[option] = parse_bytes(text.removesuffix("/s"))
+        except typer.BadParameter as error:
+            raise typer.BadParameter(f"{option}: {error}") from error
+    return Rates(disk=rates.get("--disk-rate"), network=rates.get("--network-rate"))
 
 
 def parse_bytes(text: str) -> int:

@@ -9,10 +9,12 @@ import typer
 
 from kifmerge.cli.options import (
     AllowOption,
+    DiskRateOption,
     DryRunOption,
     FetchOption,
     FractionOption,
     JsonOption,
+    NetworkRateOption,
     NonfiniteOption,
     QuietOption,
     ReplaceOption,
@@ -20,9 +22,17 @@ from kifmerge.cli.options import (
     WorkersOption,
     given,
     parse_allowed,
+    parse_rates,
 )
-from kifmerge.cli.output import print_mapping
-from kifmerge.cli.reporting import as_usage, opener, print_result, reporting
+from kifmerge.cli.output import print_plan
+from kifmerge.cli.reporting import (
+    as_usage,
+    opener,
+    print_result,
+    ranks_of_command,
+    reporting,
+    workers_of_rank,
+)
 
 
 def prune(
@@ -52,27 +62,44 @@ def prune(
     fetch: FetchOption = "auto",
     workers: WorkersOption = None,
     dry_run: DryRunOption = False,
+    disk_rate: DiskRateOption = None,
+    network_rate: NetworkRateOption = None,
     overwrite: ReplaceOption = False,
     json_output: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Mark the important parameters of a model: a mask, and the model with only those changed."""
-    from kifmerge.phases.prune import Prune, PruneInputs, PruneOptions
+    rates = parse_rates(disk_rate, network_rate, dry_run=dry_run)
+    with ranks_of_command(dry_run=dry_run) as ranks:
+        from kifmerge.phases.prune import Prune, PruneInputs, PruneOptions
 
-    with as_usage():
-        if (model is None) != (base is None):
-            raise ValueError("--model and --base go together")
-        if model is None and unscored is not None:
-            raise ValueError("--unscored goes with --model")
-        chosen = {"important_fraction": important_fraction, "scope": scope, "unscored": unscored}
-        options = PruneOptions(allowed=parse_allowed(allow), nonfinite=nonfinite, **given(chosen))
-        given_inputs = {"importance": importance, "units": units, "model": model, "base": base}
-        inputs = PruneInputs(**opener(fetch, quiet=quiet).open_each(given(given_inputs)))
-        pruning = Prune(inputs, options, num_workers=workers)
-    plan = pruning.plan()
-    if dry_run:
-        print_mapping(plan, json_output=json_output)
-        return
-    with reporting("marking", plan["num_parameters"], quiet=quiet) as on_progress:
-        figures, is_new = pruning.run(out, overwrite=overwrite, on_progress=on_progress)
-    print_result(out, figures, is_new=is_new, json_output=json_output, quiet=quiet)
+        with as_usage():
+            if (model is None) != (base is None):
+                raise ValueError("--model and --base go together")
+            if model is None and unscored is not None:
+                raise ValueError("--unscored goes with --model")
+            chosen = {
+                "important_fraction": important_fraction,
+                "scope": scope,
+                "unscored": unscored,
+            }
+            options = PruneOptions(
+                allowed=parse_allowed(allow), nonfinite=nonfinite, **given(chosen)
+            )
+            given_inputs = {"importance": importance, "units": units, "model": model, "base": base}
+            folders = opener(fetch, quiet=quiet or not ranks.is_first)
+            inputs = PruneInputs(**folders.open_each(given(given_inputs)))
+            pruning = Prune(inputs, options, num_workers=workers_of_rank(workers, ranks))
+        plan = pruning.plan()
+        if dry_run:
+            found = pruning.estimate(rates) if rates else None
+            print_plan(plan, found, json_output=json_output)
+            return
+        with reporting(
+            "marking", plan.num_parameters, quiet=quiet, is_first=ranks.is_first
+        ) as on_progress:
+            figures, is_new = pruning.run(
+                out, overwrite=overwrite, on_progress=on_progress, ranks=ranks
+            )
+        if ranks.is_first:
+            print_result(out, figures, is_new=is_new, json_output=json_output, quiet=quiet)

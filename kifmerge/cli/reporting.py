@@ -15,6 +15,7 @@ from kifmerge.cli.output import print_mapping
 
 if TYPE_CHECKING:
     from kifmerge.checkpoint.folder import Folders
+    from kifmerge.checkpoint.ranks import Ranks
     from kifmerge.hub.folder import Fetch
 
 
@@ -38,6 +39,26 @@ def _hush(text: str) -> None:
 
 
 @contextlib.contextmanager
+def ranks_of_command(*, dry_run: bool) -> Iterator[Ranks]:
+    """The ranks that share the work of a command; what would be done rank 0 alone looks up."""
+    from kifmerge.checkpoint.ranks import ALONE, is_first_started, joined_ranks
+
+    if dry_run and not is_first_started():
+        raise typer.Exit
+    with contextlib.nullcontext(ALONE) if dry_run else joined_ranks() as ranks:
+        yield ranks
+
+
+def workers_of_rank(workers: int | None, ranks: Ranks) -> int | None:
+    """Threads of one rank, where they are not told: ranks of one machine share its processors."""
+    if workers is not None or ranks.num_local == 1:
+        return workers
+    from kifmerge.checkpoint.workers import num_processors
+
+    return max(num_processors() // ranks.num_local, 1)
+
+
+@contextlib.contextmanager
 def as_usage() -> Iterator[None]:
     """Options that do not fit together are a mistake of usage."""
     try:
@@ -47,16 +68,19 @@ def as_usage() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def reporting(phase: str, total: int, *, quiet: bool) -> Iterator[Callable[[int], None]]:
+def reporting(
+    phase: str, total: int, *, quiet: bool, is_first: bool = True
+) -> Iterator[Callable[[int], None]]:
     """Show progress on a terminal, and warnings as plain lines, both on stderr.
 
     Args:
         phase: what is being done.
         total: parameters to go through.
         quiet: show no progress.
+        is_first: of several ranks, those that are not say nothing at all.
     """
     done, shown = 0, -1
-    on_terminal = sys.stderr.isatty() and not quiet
+    on_terminal = sys.stderr.isatty() and not quiet and is_first
 
     def on_progress(num_parameters: int) -> None:
         nonlocal done, shown
@@ -71,7 +95,7 @@ def reporting(phase: str, total: int, *, quiet: bool) -> Iterator[Callable[[int]
         yield on_progress
     if on_terminal and shown >= 0:
         typer.echo(err=True)
-    for warning in caught:
+    for warning in caught if is_first else ():
         typer.echo(f"kifmerge: warning: {warning.message}", err=True)
 
 

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from kifmerge.checkpoint.device import send
 from kifmerge.checkpoint.pieces import Piece, read_piece
+from kifmerge.checkpoint.ranks import ALONE, Ranks
 from kifmerge.checkpoint.source import Source
 from kifmerge.checkpoint.units import Units, UnitSource
 from kifmerge.checkpoint.workers import Workers
@@ -40,7 +42,10 @@ NOTHING = Evidence()
 
 
 def evidence_from_scores(
-    scores: Mapping[str, Source], options: FusionOptions, workers: Workers | None = None
+    scores: Mapping[str, Source],
+    options: FusionOptions,
+    workers: Workers | None = None,
+    ranks: Ranks = ALONE,
 ) -> Evidence:
     """What the rule needs, from the scores of each model's parameters.
 
@@ -48,6 +53,7 @@ def evidence_from_scores(
         scores: role -> scores, in the models' order.
         options: the rule and its options.
         workers: share the passes over the scores.
+        ranks: share them too.
 
     Raises:
         ValueError: no scores, or NaN among them.
@@ -55,15 +61,17 @@ def evidence_from_scores(
     if options.needs == "nothing":
         return NOTHING
     if options.needs == "scores":
-        shows = [normalised_scores(source) for source in scores.values()]
+        shows = [normalised_scores(source, ranks) for source in scores.values()]
         return Evidence(shows=[_blind(show) for show in shows])
     if options.needs in ("unit-masks", "unit-scores"):
-        units = {role: group_scores(source, options.unit) for role, source in scores.items()}
+        units = {
+            role: group_scores(source, options.unit, ranks=ranks) for role, source in scores.items()
+        }
         likes = list(scores.values())
         return evidence_from_units(units, likes[0], options, cumulative=())
     marks = {
         role: mark_important(
-            source, options.important_fraction, options.scope, role, workers=workers
+            source, options.important_fraction, options.scope, role, workers=workers, ranks=ranks
         )
         for role, source in scores.items()
     }
@@ -104,7 +112,11 @@ def evidence_from_units(
 
 
 def evidence_from_vectors(
-    weights: Weights, names: Sequence[str], options: FusionOptions, workers: Workers
+    weights: Weights,
+    names: Sequence[str],
+    options: FusionOptions,
+    workers: Workers,
+    ranks: Ranks = ALONE,
 ) -> Evidence:
     """Masks of the largest elements of each task vector.
 
@@ -113,18 +125,19 @@ def evidence_from_vectors(
         names: of the parameters to be fused.
         options: density and scope.
         workers: share the passes over the weights.
+        ranks: share them too.
     """
     shows = []
     for index in range(len(weights.models)):
         sizes = VectorSizes(weights, index)
-        marks = mark_largest(sizes, names, options.density, options.scope, workers)
+        marks = mark_largest(sizes, names, options.density, options.scope, workers, ranks)
         shows.append(marks.show_largest)
     return Evidence(shows=shows)
 
 
 def _blind(show: Callable[[Piece], Tensor]) -> ShowPiece:
-    return lambda piece, vector: show(piece)
+    return lambda piece, vector: send(show(piece), vector.device)
 
 
 def _shown_as_kept(source: Source) -> ShowPiece:
-    return lambda piece, vector: read_piece(source.read, piece)
+    return lambda piece, vector: send(read_piece(source.read, piece), vector.device)

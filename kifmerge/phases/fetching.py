@@ -153,21 +153,20 @@ class _Need:
     @classmethod
     def of(cls, readings: Sequence[Reading], missing: Iterable[str], whole_bytes: int) -> _Need:
         held: dict[str, int] = {}
-        needed: set[str] = set()
+        needed: dict[str, dict[str, int]] = {}
         streamed_bytes = 0
         for reading in readings:
             source, wanted = reading.source, frozenset(reading.names)
             for file in source.files.keys() & missing:
-                of_file = {f"{file}/{n}": source.info(n).nbytes for n in source.files[file]}
-                read = {f"{file}/{n}" for n in source.files[file] if n in wanted}
-                held |= of_file
-                needed |= read
-                streamed_bytes += reading.num_passes * sum(of_file[name] for name in read)
+                read = {n: source.info(n).nbytes for n in source.files[file] if n in wanted}
+                held[file] = len(source.files[file])
+                needed.setdefault(file, {}).update(read)
+                streamed_bytes += reading.num_passes * sum(read.values())
         return cls(
             whole_bytes=whole_bytes,
-            num_tensors=len(held),
-            num_needed=len(needed),
-            needed_bytes=sum(held[name] for name in needed),
+            num_tensors=sum(held.values()),
+            num_needed=sum(map(len, needed.values())),
+            needed_bytes=sum(sum(sizes.values()) for sizes in needed.values()),
             streamed_bytes=streamed_bytes,
             is_in_order=all(map(_is_in_order, readings)),
             is_model=readings[0].source.stem in CHECKPOINT_STEMS,

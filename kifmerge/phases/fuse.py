@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kifmerge.checkpoint.device import own_stream
 from kifmerge.checkpoint.pieces import Piece, pieces, split_piece
 from kifmerge.checkpoint.sink import Sink
 from kifmerge.checkpoint.workers import Workers
@@ -59,11 +60,15 @@ def fuse(
     overlap = Overlap()
 
     def fuse_piece(piece: Piece) -> tuple[int, Tensor | None]:
-        fused, shown = _fuse_piece(piece, weights, evidence, options)
-        values = fused.to(sink.info(piece[0].name).dtype)
-        for part, part_values in split_piece(values, piece):
-            sink.add(part.name, part.start, part_values)
-        return values.numel(), _count_overlap(shown) if counts_masks else None
+        with own_stream(weights.device):
+            fused, shown = _fuse_piece(piece, weights, evidence, options)
+            values = fused.to(sink.info(piece[0].name).dtype)
+            counts = _count_overlap(shown) if counts_masks else None
+            if weights.device is not None:
+                values, counts = values.cpu(), None if counts is None else counts.cpu()
+            for part, part_values in split_piece(values, piece):
+                sink.add(part.name, part.start, part_values)
+        return values.numel(), counts
 
     def dtypes_of(name: str) -> Hashable:
         return sink.info(name).dtype, *(source.info(name).dtype for source in weights.sources)

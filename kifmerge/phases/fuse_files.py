@@ -1,4 +1,7 @@
-"""The files of a merged checkpoint, one after the other; each is noted when it is on the disk."""
+"""The files of a merged checkpoint, one after the other; each is noted when it is on the disk.
+
+Several ranks look for thresholds together, and each makes some of the files.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from kifmerge.checkpoint.destination import Work
-from kifmerge.checkpoint.mask import MaskSource
 from kifmerge.checkpoint.pieces import pieces, read_piece
+from kifmerge.checkpoint.ranks import Ranks
+from kifmerge.checkpoint.shared_folder import wait_for_files
 from kifmerge.checkpoint.sink import FileRecord, FolderSink, Layout
 from kifmerge.checkpoint.source import FolderSource
 from kifmerge.checkpoint.workers import Workers
@@ -18,16 +22,15 @@ from kifmerge.errors import DamagedTransferError
 from kifmerge.hub.folder import HubFolder
 from kifmerge.phases.fuse import OnProgress, Overlap, fuse
 from kifmerge.phases.inputs import OpenInputs
-from kifmerge.phases.rules import FusionOptions
 from kifmerge.phases.unscored import Unscored, UnscoredTensors
 
 
 def fuse_files(
     inputs: OpenInputs,
     layout: Layout,
-    rule: FusionOptions,
     work: Work,
     workers: Workers,
+    ranks: Ranks,
     *,
     unscored: Unscored | None,
     most_bytes: int,
@@ -35,12 +38,14 @@ def fuse_files(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Make all files that are not finished yet, and the index.
 
+    What is returned, and all that is known of the inputs, is complete on the first rank alone.
+
     Args:
         inputs: what is read.
         layout: of the output.
-        rule: with its options.
         work: where the files go.
         workers: share the work.
+        ranks: share it too.
         unscored: what becomes of tensors without scores that differ.
         most_bytes: of a piece.
         on_progress: told the number of parameters fused after each piece.
@@ -53,15 +58,19 @@ def fuse_files(
         TryAgainError: the disk has no room, network or server failed, or what an interrupted merge
             has used came damaged.
     """
-    left = {name: infos for name, infos in layout.items() if name not in work.finished}
-    work.refuse_full_disk([sum(info.nbytes for _, info in infos) for infos in left.values()])
-    finished = _take_over(work, inputs)
+    sizes = {name: sum(info.nbytes for _, info in infos) for name, infos in layout.items()}
+    left = [name for name in layout if name not in work.finished]
+    work.refuse_full_disk([sizes[name] for name in left])
+    if ranks.is_first:
+        _take_over(work, inputs)
     scored = inputs.scored_names()
     is_scored = frozenset(scored)
     others = [name for name in inputs.like.source.names() if name not in is_scored]
-    copies = UnscoredTensors(others, inputs.weights, unscored, workers)
-    evidence = inputs.evidence(scored, workers)
-    sink = FolderSink(work.directory, inputs.like.source.stem, layout, finished=finished)
+    copies = UnscoredTensors(others, inputs.weights, unscored, workers, ranks)
+    evidence = inputs.evidence(scored, workers, ranks)
+    on_progress = ranks.adding_up(on_progress)
+    own = {name: layout[name] for name in ranks.share(left, sizes.__getitem__)}
+    sink = FolderSink(work.directory, inputs.like.source.stem, own)
 
     def fuse_file(names: Sequence[str]) -> Overlap:
         overlap = Overlap()
@@ -71,7 +80,7 @@ def fuse_files(
                 copies.copy(run, sink)
                 continue
             found = fuse(
-                run, inputs.weights, evidence, rule, sink,
+                run, inputs.weights, evidence, inputs.rule, sink,
                 workers=workers, most_bytes=most_bytes, on_progress=on_progress,
             )  # fmt: skip
             overlap.add(found)
@@ -80,7 +89,7 @@ def fuse_files(
     # Waiting for the disk costs no processor: the next file is begun meanwhile.
     with ThreadPoolExecutor(1, "kifmerge-disk") as disk:
         noted: list[Future[None]] = []
-        for file_name, infos in left.items():
+        for file_name, infos in own.items():
             names = [name for name, _ in infos]
             overlap = fuse_file(names)
             if work.holds_one:
@@ -92,8 +101,9 @@ def fuse_files(
                 done.result()
         for pending in noted:
             pending.result()
-    sink.commit()
-    total = sum((_recorded_overlap(record) for record in work.finished.values()), Overlap())
+    finished = _bring_together(inputs, work, ranks)
+    records = _write_index(inputs, layout, work, finished, ranks)
+    total = sum((_recorded_overlap(record) for record in finished.values()), Overlap())
     figures = {
         "num_tensors": len(scored) + len(others),
         "num_parameters": sum(inputs.like.source.info(name).numel for name in scored),
@@ -102,19 +112,49 @@ def fuse_files(
         **{f"{role}_threshold": value for role, value in evidence.thresholds.items()},
         **total.shares(list(inputs.inputs.models)),
     }
-    records = {
-        name: {"sha256": record.sha256, "bytes": record.num_bytes}
-        for name, record in sorted(sink.records.items())
-    }
     return figures, records
 
 
-def _take_over(work: Work, inputs: OpenInputs) -> list[FileRecord]:
-    """The files that an interrupted merge has finished, and what it knew of their inputs."""
+def _bring_together(inputs: OpenInputs, work: Work, ranks: Ranks) -> dict[str, Mapping[str, Any]]:
+    """Let the first rank know what the others have seen of the inputs, and what they have made.
+
+    Returns:
+        File name -> what was noted; on the first rank of all files.
+    """
+    own = {"finished": dict(work.finished), "seen": inputs.seen()}
+    finished: dict[str, Mapping[str, Any]] = {}
+    for found in ranks.to_first(own):
+        finished |= found["finished"]
+        inputs.learn(found["seen"])
+    return finished
+
+
+def _write_index(
+    inputs: OpenInputs,
+    layout: Layout,
+    work: Work,
+    finished: Mapping[str, Mapping[str, Any]],
+    ranks: Ranks,
+) -> dict[str, dict[str, Any]]:
+    """Write the index of all files; returns size and SHA-256 of each by name."""
+    if not ranks.is_first:
+        return {}
+    records = [
+        FileRecord(name, record["num_bytes"], record["sha256"])
+        for name, record in sorted(finished.items())
+    ]
+    if ranks.size > 1:
+        wait_for_files(work.directory, {r.name: r.num_bytes for r in records}, ranks)
+    FolderSink(work.directory, inputs.like.source.stem, layout, finished=records).commit()
+    return {r.name: {"sha256": r.sha256, "bytes": r.num_bytes} for r in records}
+
+
+def _take_over(work: Work, inputs: OpenInputs) -> None:
+    """Learn what an interrupted merge knew of the inputs of the files that it has finished."""
     unchecked: set[str] = set()
     for record in work.finished.values():
         unchecked.update(record["unchecked"])
-    for role, source in _streamable(inputs).items():
+    for role, source in inputs.streamable.items():
         known: dict[str, str] = {}
         for record in work.finished.values():
             known |= record["digests"].get(role, {})
@@ -126,26 +166,13 @@ def _take_over(work: Work, inputs: OpenInputs) -> list[FileRecord]:
             f"not compared with their hashes: {', '.join(sorted(unchecked))}",
             stacklevel=3,
         )
-    return [
-        FileRecord(name, record["num_bytes"], record["sha256"])
-        for name, record in work.finished.items()
-    ]
-
-
-def _streamable(inputs: OpenInputs) -> dict[str, FolderSource]:
-    """Role -> what is read once, along with the files of the output: weights and masks."""
-    masks = {
-        f"{role}_mask": evidence.stored
-        for role, (_, evidence) in inputs.evidence_sources.items()
-        if isinstance(evidence, MaskSource)
-    }
-    return {**inputs.sources, **masks}
 
 
 def _read_again(source: FolderSource, known: Mapping[str, str]) -> None:
-    """Stream again what an interrupted merge has used of files that it did not stream whole.
+    """Read again what an interrupted merge has used of files that it may not have streamed whole.
 
-    Only whole files can be compared with their hashes: what it used may have come damaged.
+    Only whole files can be compared with their hashes: what it used may have come damaged. A file
+    that is in the cache by now, or is to be downloaded, tells that as well.
 
     Args:
         source: of tensors.
@@ -155,14 +182,15 @@ def _read_again(source: FolderSource, known: Mapping[str, str]) -> None:
         DamagedTransferError: it has another one now.
     """
     folder = source.directory
-    if not isinstance(folder, HubFolder) or folder.fetch != "stream":
+    if not isinstance(folder, HubFolder):
         return
     for file_name, names in source.files.items():
         file = folder.open(file_name)
         used = [name in known for name in names if source.info(name).numel]
-        if file.is_here or all(used) or not any(used):
+        if all(used) or not any(used):
             continue
-        folder.say(f"{file.label}: pulling again what the interrupted merge used, to compare it")
+        how = "reading" if file.is_here or folder.fetch != "stream" else "pulling"
+        folder.say(f"{file.label}: {how} again what the interrupted merge used, to compare it")
         for piece in pieces(source, [name for name in names if name in known]):
             read_piece(source.read, piece)
         found = source.digests.finished(names)
@@ -183,7 +211,7 @@ def _finish(
     work: Work,
 ) -> None:
     """Bring a file to the disk, and note it with all that need not be read again for it."""
-    digests = {role: s.digests.finished(names) for role, s in _streamable(inputs).items()}
+    digests = {role: s.digests.finished(names) for role, s in inputs.streamable.items()}
     work.note(
         {
             **sink.finish(file_name).as_dict(),

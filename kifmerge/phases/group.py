@@ -20,6 +20,7 @@ from typing import Any
 from kifmerge.checkpoint.atomic import whole_folder
 from kifmerge.checkpoint.folder import Folder
 from kifmerge.checkpoint.provenance import is_made, made_by, read_details, refuse_inputs_inside
+from kifmerge.checkpoint.ranks import ALONE, Ranks
 from kifmerge.checkpoint.scores import open_scores
 from kifmerge.checkpoint.snapshot import DETAIL_FILE as SNAPSHOT_FILE
 from kifmerge.checkpoint.source import FolderSource, Source
@@ -86,6 +87,7 @@ def group_scores(
     new_weight: float = DEFAULT_NEW_WEIGHT,
     cumulative_weight: float = DEFAULT_CUMULATIVE_WEIGHT,
     on_progress: OnProgress = lambda num_parameters: None,
+    ranks: Ranks = ALONE,
 ) -> Units:
     """Score the skill units of a model, in one pass and constant memory.
 
@@ -98,6 +100,7 @@ def group_scores(
         new_weight: of the new task's scores in the cumulative ones.
         cumulative_weight: of the cumulative scores before it.
         on_progress: told how many parameters have been gone through since it was told last.
+        ranks: share the pass, tensor by tensor.
 
     Raises:
         CheckpointError: scores that are not finite, a LoRA factor without its other half, or
@@ -106,7 +109,7 @@ def group_scores(
     options = GroupOptions(unit=kind, new_weight=new_weight, cumulative_weight=cumulative_weight)
     members = unit_members(scores, kind)
     before = _cumulative_before(members, kind, historical, "the historical units")
-    return _grouped(scores, members, before, options, on_progress)
+    return _grouped(scores, members, before, options, on_progress, ranks)
 
 
 def _grouped(
@@ -115,9 +118,10 @@ def _grouped(
     before: Sequence[float] | None,
     options: GroupOptions,
     on_progress: OnProgress,
+    ranks: Ranks = ALONE,
 ) -> Units:
     kind = options.unit
-    means = _unit_scores(scores, members, kind, on_progress)
+    means = _unit_scores(scores, members, kind, on_progress, ranks)
     cumulative = cumulative_scores(
         means,
         before,
@@ -132,21 +136,22 @@ def _grouped(
 
 
 def _unit_scores(
-    scores: Source, members: Members, kind: UnitKind, on_progress: OnProgress
+    scores: Source, members: Members, kind: UnitKind, on_progress: OnProgress, ranks: Ranks
 ) -> list[float]:
     """Score of each unit, while the tensors are read in the order of their files."""
     checked = FiniteSource(scores)
     axes = {member.tensor: member.axis for of in members.values() for member in of}
-    sums: dict[str, list[float]] = {}
-    numels: dict[str, int] = {}
-    for name in scores.names():
-        if name not in axes:
-            continue
+    names = [name for name in scores.names() if name in axes]
+    own: dict[str, list[float]] = {}
+    for name in ranks.share(names, lambda name: scores.info(name).nbytes):
         shape = scores.info(name).shape
-        sums[name] = slice_sums(functools.partial(checked.read, name), shape, axes[name])
-        outer, _, inner = slice_layout(shape, axes[name])
-        numels[name] = outer * inner
+        own[name] = slice_sums(functools.partial(checked.read, name), shape, axes[name])
         on_progress(math.prod(shape))
+    sums = {name: found for of_rank in ranks.gather(own) for name, found in of_rank.items()}
+    numels = {}
+    for name in names:
+        outer, _, inner = slice_layout(scores.info(name).shape, axes[name])
+        numels[name] = outer * inner
     if kind == "lora-rank":
         return [
             math.prod(sums[m.tensor][m.position] / numels[m.tensor] for m in of)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 from torch import nn
 
 from kifmerge.errors import TrainingError
+from kifmerge.phases.threads import training_workers
 from kifmerge.tensor.importance import all_finite
+from kifmerge.tensor.sharding import local_part, true_everywhere
 
 
 class GradientGuard:
@@ -36,7 +38,7 @@ class GradientGuard:
         Raises:
             TrainingError: under ``raise``, naming the parameters concerned.
         """
-        if all_finite([parameter.grad for parameter in parameters.values()]):
+        if _all_finite(parameters.values()):
             return True
         if self._nonfinite == "raise" and not scaled:
             raise nonfinite_error(parameters, step)
@@ -46,9 +48,20 @@ class GradientGuard:
         return False
 
 
+def _all_finite(parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether all gradients are finite, on all processes that hold parts of them."""
+    parameters = list(parameters)
+    gradients = [local_part(p.grad) for p in parameters if p.grad is not None]
+    with training_workers(gradients) as workers:
+        num_shares = max(workers.num, 1)
+        shares = [gradients[start::num_shares] for start in range(num_shares)]
+        own = all(list(workers.map(all_finite, shares)))
+    return true_everywhere(own, parameters)
+
+
 def nonfinite_error(parameters: Mapping[str, nn.Parameter], step: str) -> TrainingError:
     """The error for a step with non-finite gradients, naming the first parameters concerned."""
-    bad = [n for n, p in parameters.items() if p.grad is not None and not all_finite([p.grad])]
+    bad = [name for name, parameter in parameters.items() if not _all_finite([parameter])]
     shown = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
     if len(bad) == len(parameters):
         shown = "every parameter (clipping spreads a NaN from one to all)"

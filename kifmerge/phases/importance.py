@@ -13,20 +13,28 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from transformers import (
-    PreTrainedModel,
     TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
 )
-from transformers.core_model_loading import revert_weight_conversion
 
-from kifmerge.checkpoint.snapshot import read_snapshot, write_snapshot
+from kifmerge.checkpoint.holders import holders_of
+from kifmerge.checkpoint.snapshot import (
+    read_snapshot,
+    write_gathered_snapshot,
+    write_snapshot,
+)
 from kifmerge.errors import CheckpointError, TrainingError
+from kifmerge.phases.gathered import gathered_parts
 from kifmerge.phases.guard import nonfinite_error
+from kifmerge.phases.parameters import as_in_checkpoint, checkpoint_names, trained_parameters
+from kifmerge.phases.threads import training_workers
 from kifmerge.tensor.importance import ImportanceAccumulator, ImportanceOptions
+from kifmerge.tensor.sharding import is_sharded, part_like, sharded_like
 
 SNAPSHOT_FOLDER = "importance"
 
@@ -68,6 +76,10 @@ class ImportanceCallback(TrainerCallback):
         if state.global_step > 0:
             self._resume(checkpoint_dir(args, state) / SNAPSHOT_FOLDER, kwargs["model"])
 
+    @property
+    def _is_sharded(self) -> bool:
+        return any(is_sharded(parameter) for parameter in self._parameters.values())
+
     def _resume(self, directory: Path, model: nn.Module) -> None:
         """Go on from the snapshot of the checkpoint that the Trainer resumes from."""
         assert self.accumulator is not None
@@ -85,7 +97,8 @@ class ImportanceCallback(TrainerCallback):
                 f"cannot go on with the importance of the steps before: {directory} holds no "
                 f"snapshot of this model ({error})"
             ) from error
-        self.accumulator.load_state_dict(state, num_steps=kept.details["steps"])
+        own = {k: part_like(v, self._parameters[k.partition("/")[2]]) for k, v in state.items()}
+        self.accumulator.load_state_dict(own, num_steps=kept.details["steps"])
         self.accumulator.num_skipped = kept.details["skipped_steps"]
 
     def on_pre_optimizer_step(
@@ -107,7 +120,9 @@ class ImportanceCallback(TrainerCallback):
         gradients = [parameter.grad for parameter in self._parameters.values()]
         if step == 0:
             require_gradients(gradients)
-        taken = self.accumulator.update(list(self._parameters.values()), gradients)
+        live = list(self._parameters.values())
+        with training_workers(live) as workers:
+            taken = self.accumulator.update(live, gradients, spread=workers.map)
         if not taken and self.nonfinite == "raise":
             raise nonfinite_error(self._parameters, f"optimizer step {step + 1}")
 
@@ -115,18 +130,21 @@ class ImportanceCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Write the snapshot into the checkpoint just saved."""
-        if state.is_world_process_zero:
+        if self._is_sharded or state.is_world_process_zero:
             self.write(checkpoint_dir(args, state) / SNAPSHOT_FOLDER, kwargs["model"])
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Write the final snapshot into the output folder."""
-        if state.is_world_process_zero:
+        if self._is_sharded or state.is_world_process_zero:
             self.write(Path(str(args.output_dir)) / SNAPSHOT_FOLDER, kwargs["model"])
 
     def write(self, directory: Path, model: nn.Module) -> None:
-        """Write the snapshot of this moment, under the names of the checkpoint's own files."""
+        """Write the snapshot of this moment, under the names of the checkpoint's own files.
+
+        All processes of a sharded model call it together.
+        """
         assert self.accumulator is not None
         write_accumulator(directory, self.accumulator, model, self.details)
 
@@ -137,80 +155,37 @@ def write_accumulator(
     model: nn.Module,
     details: Mapping[str, Any],
 ) -> None:
-    """Write an accumulator as a snapshot under the names of the checkpoint's own files."""
+    """Write an accumulator as a snapshot under the names of the checkpoint's own files.
+
+    Args:
+        directory: made if need be.
+        accumulator: of all trained parameters of the model.
+        model: if it is sharded (``fully_shard``), all processes call this together, between two
+            steps, and each writes a part.
+        details: to be recorded: role, task, model reference...
+    """
+    details = {
+        **details,
+        "steps": accumulator.num_steps,
+        "skipped_steps": accumulator.num_skipped,
+        "options": asdict(accumulator.options),
+    }
+    parameters = trained_parameters(model)
+    ranks = holders_of(parameters)
+    if ranks.size > 1:
+        state = {
+            key: sharded_like(value, parameters[key.partition("/")[2]])
+            for key, value in accumulator.state_dict().items()
+        }
+        write_gathered_snapshot(directory, gathered_parts(model, state), details, ranks)
+        return
     kinds = {"sensitivity": accumulator.sensitivity, "uncertainty": accumulator.uncertainty}
     tensors = {
         f"{kind}/{name}": value
         for kind, values in kinds.items()
         for name, value in as_in_checkpoint(model, values).items()
     }
-    write_snapshot(
-        directory,
-        tensors,
-        {
-            **details,
-            "steps": accumulator.num_steps,
-            "skipped_steps": accumulator.num_skipped,
-            "options": asdict(accumulator.options),
-        },
-    )
-
-
-def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters with ``requires_grad`` by name, tied ones once, compile's prefix taken off.
-
-    Raises:
-        TrainingError: there are none, or FSDP or tensor parallelism has cut them into pieces.
-    """
-    parameters = {
-        name.replace("_orig_mod.", ""): parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
-    if not parameters:
-        raise TrainingError("the model has no trainable parameter: every one is frozen")
-    for name, parameter in parameters.items():
-        if hasattr(parameter, "device_mesh") or "_fsdp_wrapped_module" in name:
-            raise TrainingError(
-                f"{name} is sharded over processes (FSDP, tensor parallelism): importance needs "
-                "whole parameters, as under plain data parallelism (DDP)"
-            )
-    return parameters
-
-
-def checkpoint_names(model: nn.Module) -> dict[str, str]:
-    """Parameter name -> its name in the files that ``save_pretrained`` writes, one to one.
-
-    The two differ for PEFT adapters, whose files leave out the adapter's name. For families that
-    are saved in other pieces see :func:`as_in_checkpoint`.
-    """
-    parameters = trained_parameters(model)
-    if not hasattr(model, "peft_config"):
-        return {name: name for name in parameters}
-    from peft import get_peft_model_state_dict
-
-    saved = {
-        (tensor.data_ptr(), tensor.numel()): name
-        for name, tensor in get_peft_model_state_dict(model).items()
-    }
-    return {
-        name: saved.get((parameter.data_ptr(), parameter.numel()), name)
-        for name, parameter in parameters.items()
-    }
-
-
-def as_in_checkpoint(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Values per parameter under the names, and in the pieces, of the checkpoint's own files.
-
-    Some families are saved otherwise than they live in memory: stacked experts one by one.
-    """
-    if hasattr(model, "peft_config"):
-        names = checkpoint_names(model)
-        return {names[name]: value for name, value in values.items()}
-    if not isinstance(model, PreTrainedModel):
-        return dict(values)
-    saved: dict[str, Tensor] = revert_weight_conversion(model, dict(values))
-    return saved
+    write_snapshot(directory, tensors, details, dtype=torch.float32)
 
 
 def checkpoint_dir(args: TrainingArguments, state: TrainerState) -> Path:

@@ -6,8 +6,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
+
 from kifmerge.checkpoint.folder import Folder, file_sizes, has_file
 from kifmerge.checkpoint.mask import MaskSource
+from kifmerge.checkpoint.ranks import Ranks
 from kifmerge.checkpoint.scores import Scores, open_scores
 from kifmerge.checkpoint.source import ADAPTER_CONFIG, FolderSource, Source
 from kifmerge.checkpoint.units import Units, UnitSource, read_units
@@ -132,9 +135,11 @@ class OpenInputs:
         space: ``factor`` insists on fusing the factors of independent adapters.
         allowed: differences of meaning that are meant.
         nonfinite: whether NaN and infinity are errors.
+        device: an accelerator to fuse on; None: the processor.
 
     Attributes:
         inputs: the folders.
+        rule: the rule and its options.
         like: the checkpoint whose files, and unless told otherwise whose configuration, the output
             is like: the base, or the first model where there is none of its kind.
         evidence_sources: role -> folder and source of what is known of importance.
@@ -155,10 +160,11 @@ class OpenInputs:
         space: Literal["factor"] | None,
         allowed: Collection[Difference],
         nonfinite: Nonfinite,
+        device: torch.device | None = None,
     ) -> None:
         inputs.check(rule)
         self.inputs = inputs
-        self._rule = rule
+        self.rule = rule
         self._base = None if inputs.base is None else open_checkpoint("base", inputs.base)
         self._models = {role: open_checkpoint(role, path) for role, path in inputs.models.items()}
         first = next(iter(self._models.values()))
@@ -170,6 +176,7 @@ class OpenInputs:
         self._scores: dict[str, Scores] = {r: open_scores(p) for r, p in inputs.importance.items()}
         self._masks: dict[str, MaskSource] = {r: MaskSource(p) for r, p in inputs.masks.items()}
         self._units: dict[str, Units] = {r: read_units(p) for r, p in inputs.units.items()}
+        self._unchecked_elsewhere: set[str] = set()
         self.evidence_sources = self._find_evidence()
         if self.evidence_sources:
             refuse_other_evidence(self.like.source, self.evidence_sources)
@@ -180,6 +187,7 @@ class OpenInputs:
             models=[model.source for model in self._models.values()],
             parents=[None, 0] if self.historical_parent == "new" else [],
             nonfinite=nonfinite,
+            device=device,
         )
 
     def _check_models(
@@ -277,7 +285,7 @@ class OpenInputs:
             return [name for name in source.names() if name in judged]
         return [name for name in source.names() if source.info(name).dtype.is_floating_point]
 
-    def evidence(self, names: Sequence[str], workers: Workers) -> Evidence:
+    def evidence(self, names: Sequence[str], workers: Workers, ranks: Ranks) -> Evidence:
         """What the rule is shown of each model; reads the scores, or the weights, for thresholds.
 
         Raises:
@@ -288,12 +296,12 @@ class OpenInputs:
             return evidence_from_masks({role: self._masks[role] for role in roles})
         if self._units:
             units = {role: self._units[role] for role in roles}
-            return evidence_from_units(units, self.like.source, self._rule)
+            return evidence_from_units(units, self.like.source, self.rule)
         if self._scores:
             scores = {role: FiniteSource(self._scores[role]) for role in roles}
-            return evidence_from_scores(scores, self._rule, workers)
-        if self._rule.needs == "largest":
-            return evidence_from_vectors(self.weights, names, self._rule, workers)
+            return evidence_from_scores(scores, self.rule, workers, ranks)
+        if self.rule.needs == "largest":
+            return evidence_from_vectors(self.weights, names, self.rule, workers, ranks)
         return NOTHING
 
     def digests(self) -> dict[str, str | None]:
@@ -315,19 +323,58 @@ class OpenInputs:
         return known
 
     @property
+    def streamable(self) -> dict[str, FolderSource]:
+        """Role -> what is read once, along with the files of the output: weights and masks."""
+        masks = {f"{role}_mask": mask.stored for role, mask in self._masks.items()}
+        return {**self.sources, **masks}
+
+    @property
+    def stored(self) -> dict[str, FolderSource]:
+        """Role -> the files of every input whose tensors have digests."""
+        scores = {f"{role}_importance": scores.stored for role, scores in self._scores.items()}
+        files = {role: s for role, s in scores.items() if isinstance(s, FolderSource)}
+        return {**self.streamable, **files}
+
+    @property
+    def _hub_folders(self) -> list[HubFolder]:
+        parents = dict.fromkeys(self.inputs.parents.values())
+        return [folder for folder in parents if isinstance(folder, HubFolder)]
+
+    def fetch_alike(self, ranks: Ranks) -> None:
+        """Read what is on the Hub as the first rank has chosen to."""
+        folders = self._hub_folders
+        told = ranks.from_first(lambda: [(f.fetch, f.shelf.block_bytes) for f in folders])
+        for folder, (fetch, block_bytes) in zip(folders, told, strict=True):
+            folder.fetch, folder.shelf.block_bytes = fetch, block_bytes
+
+    @property
     def unchecked_files(self) -> list[str]:
         """Files on the Hub that were streamed in an order in which no hash could be taken."""
-        folders = {
-            folder for folder in self.inputs.parents.values() if isinstance(folder, HubFolder)
-        }
-        return sorted(f"{folder}/{name}" for folder in folders for name in folder.unchecked)
+        own = {f"{folder}/{name}" for folder in self._hub_folders for name in folder.unchecked}
+        return sorted(own | self._unchecked_elsewhere)
+
+    def seen(self) -> dict[str, Any]:
+        """What was found out while reading, for :meth:`learn` of another rank."""
+        digests = {role: source.digests.finished() for role, source in self.stored.items()}
+        return {"digests": digests, "unchecked": self.unchecked_files}
+
+    def learn(self, seen: Mapping[str, Any]) -> None:
+        """Take over what another rank has seen."""
+        for role, source in self.stored.items():
+            source.digests.know(seen["digests"][role])
+        self._unchecked_elsewhere.update(seen["unchecked"])
 
     def states(self) -> dict[str, Any]:
         """Role -> reference, and names, sizes and times of its files: what a resumed work needs."""
-        return {
-            role: {"reference": str(folder), "files": _file_states(folder)}
-            for role, folder in self.inputs.parents.items()
-        }
+        return states(self.inputs.parents)
+
+
+def states(parents: Mapping[str, Folder]) -> dict[str, Any]:
+    """Role -> reference of a folder, and names, sizes and times of its files."""
+    return {
+        role: {"reference": str(folder), "files": _file_states(folder)}
+        for role, folder in parents.items()
+    }
 
 
 def _file_states(folder: Folder) -> list[list[Any]]:

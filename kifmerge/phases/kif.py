@@ -27,8 +27,8 @@ from kifmerge.errors import CheckpointError, TrainingError
 from kifmerge.phases.evidence import evidence_from_units
 from kifmerge.phases.fuse import fuse
 from kifmerge.phases.group import group_scores
-from kifmerge.phases.importance import as_in_checkpoint, trained_parameters
 from kifmerge.phases.kif_training import read_task_scores
+from kifmerge.phases.parameters import as_in_checkpoint, trained_parameters
 from kifmerge.phases.presets import KifOptions
 from kifmerge.phases.resumable import CHECKPOINT
 from kifmerge.phases.saved_names import saved_groups

@@ -23,9 +23,11 @@ from transformers import (
 from kifmerge.checkpoint.atomic import whole_file, write_json
 from kifmerge.errors import CheckpointError, TrainingError
 from kifmerge.phases.guard import GradientGuard
-from kifmerge.phases.importance import require_gradients, trained_parameters
+from kifmerge.phases.importance import require_gradients
+from kifmerge.phases.parameters import trained_parameters
 from kifmerge.phases.presets import KifOptions, RecurrentOptions
 from kifmerge.phases.resumable import ResumableTrainer
+from kifmerge.phases.threads import training_workers
 from kifmerge.tensor.importance import ImportanceAccumulator
 from kifmerge.tensor.kif import orthogonality_penalty
 from kifmerge.tensor.units import lora_factor
@@ -102,7 +104,9 @@ class TaskScores(TrainerCallback):
         gradients = [parameter.grad for parameter in self._parameters.values()]
         if self.accumulator.num_steps == 0:
             require_gradients(gradients)
-        self.accumulator.accumulate(list(self._parameters.values()), gradients)
+        live = list(self._parameters.values())
+        with training_workers(live) as workers:
+            self.accumulator.accumulate(live, gradients, spread=workers.map)
 
     def save(self, directory: Path) -> None:
         """Write the accumulators beside the Trainer's state."""
@@ -124,7 +128,7 @@ class TaskScores(TrainerCallback):
 
 
 def read_task_scores(directory: Path) -> tuple[dict[str, Tensor], int]:
-    """What :meth:`TaskScores.save` wrote: accumulators by the live names, and steps taken in.
+    """What :meth:`TaskScores.save` wrote: float32 accumulators by the live names, and steps taken.
 
     Raises:
         CheckpointError: not there, or damaged.
@@ -132,7 +136,7 @@ def read_task_scores(directory: Path) -> tuple[dict[str, Tensor], int]:
     try:
         tensors = safetensors.torch.load_file(directory / STATE_TENSORS)
         counters = json.loads((directory / STATE_COUNTERS).read_text(encoding="utf-8"))
-        return tensors, int(counters["num_steps"])
+        return {n: value.float() for n, value in tensors.items()}, int(counters["num_steps"])
     except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
         raise CheckpointError(
             f"{directory} does not hold the scores of the task so far ({error}): start it over"

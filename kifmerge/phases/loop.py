@@ -18,14 +18,19 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from kifmerge.checkpoint.atomic import whole_file, write_json
+from kifmerge.checkpoint.gathering import KeptTensors, write_parts
 from kifmerge.errors import CheckpointError, TrainingError
+from kifmerge.phases.gathered import parts_as_named
 from kifmerge.phases.guard import GradientGuard
-from kifmerge.phases.importance import require_gradients, trained_parameters
+from kifmerge.phases.importance import require_gradients
+from kifmerge.phases.parameters import trained_parameters
 from kifmerge.phases.presets import RecurrentOptions, Role
 from kifmerge.phases.recurrent import RecurrentRounds, Round
+from kifmerge.tensor.sharding import part_like, sharded_like
 
 STATE_TENSORS = "recurrent.safetensors"
 STATE_COUNTERS = "recurrent.json"
+_STATE_STEM = Path(STATE_TENSORS).stem
 
 
 class Memory(Protocol):
@@ -73,9 +78,18 @@ def share_of_rank(rows: Sequence[int], rank: int, num_ranks: int) -> list[int]:
 class RecurrentLoop:
     """Drives the rounds with the Trainer's own training step, clipping and optimizer.
 
-    In a process group every process holds the whole of the model (DDP) and makes every step: each
-    runs its share of a memory batch, gradients are averaged as in any training step, and so all
-    processes find the same importance, masks and weights without further talk.
+    In a process group every process makes every step, on its share of the rows, and gradients are
+    averaged as in any training step. Where each holds the whole model (DDP) all find the same
+    importance, masks and weights without further talk; where each holds a part of every parameter
+    (FSDP2) they count together, see :class:`kifmerge.phases.recurrent.RecurrentRounds`.
+
+    Args:
+        trainer: whose loop it is.
+        memory: rows of earlier tasks.
+        options: of the loop.
+        guard: that every step has to pass.
+        memory_batches: row numbers of each outer step; drawn at random if left out.
+        fuses: whether rounds are fused here, or elsewhere: then no copy of the weights is kept.
 
     Attributes:
         options: of the loop.
@@ -92,6 +106,8 @@ class RecurrentLoop:
         options: RecurrentOptions,
         guard: GradientGuard,
         memory_batches: Sequence[list[int]] | MemoryBatches | None = None,
+        *,
+        fuses: bool = True,
     ) -> None:
         self.options = options
         self.done: list[Round] = []
@@ -102,6 +118,7 @@ class RecurrentLoop:
         self._memory = memory
         self._guard = guard
         self._given_batches = memory_batches
+        self._fuses = fuses
         self._batches: Sequence[list[int]] | MemoryBatches = []
         self._num_outer_steps = 0
         self._step_is_good = True
@@ -127,8 +144,11 @@ class RecurrentLoop:
     def begin(self) -> None:
         """Take theta_b from the model, which is on its device now, or go on from a checkpoint."""
         trainer = self._trainer
-        self._parameters = trained_parameters(trainer.accelerator.unwrap_model(trainer.model))
-        self._rounds = RecurrentRounds(self._parameters, self.options)
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        self._parameters = trained_parameters(model)
+        self._rounds = RecurrentRounds(
+            self._parameters, self.options, model=model, fuses=self._fuses
+        )
         given = self._given_batches
         self._batches = self._random_batches() if given is None else given
         self.inner_steps, self.is_settled, self._num_outer_steps = 0, True, 0
@@ -265,12 +285,19 @@ class RecurrentLoop:
             scaler.update()
 
     def save(self, directory: Path) -> None:
-        """Write accumulators, counters and the separate optimizer beside the Trainer's state."""
-        tensors = self.rounds.state_dict()
-        with whole_file(directory / STATE_TENSORS) as temporary:
-            safetensors.torch.save_file(
-                {**tensors, **_optimizer_tensors(self._outer_optimizer)}, temporary
-            )
+        """Write accumulators, counters and the separate optimizer beside the Trainer's state.
+
+        All processes of a sharded model call it together.
+        """
+        ranks = self.rounds.holders
+        tensors = {**self.rounds.state_dict(), **_optimizer_tensors(self._outer_optimizer)}
+        if ranks.size > 1:
+            write_parts(directory, _STATE_STEM, parts_as_named(tensors), ranks)
+        else:
+            with whole_file(directory / STATE_TENSORS) as temporary:
+                safetensors.torch.save_file(tensors, temporary)
+        if not ranks.is_first:
+            return
         counters = {
             **self.rounds.counters(),
             "num_outer_steps": self._num_outer_steps,
@@ -286,14 +313,15 @@ class RecurrentLoop:
 
     def _load(self, directory: Path) -> None:
         try:
-            tensors = safetensors.torch.load_file(directory / STATE_TENSORS)
+            tensors = KeptTensors(directory, _STATE_STEM)
             counters = json.loads((directory / STATE_COUNTERS).read_text(encoding="utf-8"))
             if counters["options"] != self._recorded_options():
                 raise ValueError("it was saved under other recurrent options")
-            optimizer = {k: v for k, v in tensors.items() if k.startswith(_OPTIMIZER_PREFIX)}
-            others = {k: v for k, v in tensors.items() if k not in optimizer}
-            self.rounds.load_state(others, counters)
-        except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+            of_optimizer = {k for k in tensors if k.startswith(_OPTIMIZER_PREFIX)}
+            if self._outer_optimizer is not None:
+                _restore_optimizer(self._outer_optimizer, {k: tensors[k] for k in of_optimizer})
+            self.rounds.load_state(tensors.without(of_optimizer), counters)
+        except (OSError, ValueError, KeyError, CheckpointError) as error:
             raise CheckpointError(
                 f"{directory} does not hold this run's recurrent state ({error}): "
                 "resume from a checkpoint that the recurrent loop saved, or start over"
@@ -301,8 +329,6 @@ class RecurrentLoop:
         self._num_outer_steps = counters["num_outer_steps"]
         self._guard.num_skipped = counters["num_nonfinite_steps"]
         self.done.extend(Round(**done) for done in counters["rounds"])
-        if self._outer_optimizer is not None:
-            _restore_optimizer(self._outer_optimizer, optimizer)
 
 
 @contextmanager
@@ -347,7 +373,12 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer | None) -> dict[str, Ten
 
 def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     state: dict[int, dict[str, Tensor]] = {}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for name, value in tensors.items():
         number, _, key = name.removeprefix(_OPTIMIZER_PREFIX).partition("/")
-        state.setdefault(int(number), {})[key] = value
+        of = parameters[int(number)]
+        is_like = value.shape == of.shape
+        state.setdefault(int(number), {})[key] = (
+            sharded_like(part_like(value, of), of) if is_like else value
+        )
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

@@ -193,12 +193,12 @@ def _template_differences(first: Checkpoint, other: Checkpoint) -> Iterator[_Fou
 def _tensor_differences(first: Checkpoint, other: Checkpoint) -> Iterator[_Found]:
     ours = {name: first.source.info(name) for name in first.source.names()}
     theirs = {name: other.source.info(name) for name in other.source.names()}
-    for name in sorted({*ours, *theirs}):
+    for name in sorted(name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)):
         a, b = ours.get(name), theirs.get(name)
         if a is None or b is None:
             words = [_tensor_word(side, name, info) for side, info in ((first, a), (other, b))]
             yield _found(None, name, first, words[0], other, words[1])
-        elif a != b:
+        else:
             floating = a.dtype.is_floating_point and b.dtype.is_floating_point
             kind: Difference | None = "dtype" if a.shape == b.shape and floating else None
             yield _found(kind, name, first, str(a), other, str(b))

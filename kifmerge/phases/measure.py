@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from kifmerge.checkpoint.folder import is_folder
+from kifmerge.checkpoint.ranks import ALONE, Ranks
 from kifmerge.checkpoint.snapshot import write_snapshot
 from kifmerge.checkpoint.source import FolderSource, Source, open_source
+from kifmerge.checkpoint.workers import num_processors
 from kifmerge.errors import (
     MOST_PROBLEMS_SHOWN,
     CheckpointError,
@@ -31,11 +33,11 @@ from kifmerge.errors import (
 from kifmerge.hub.client import Say, silent
 from kifmerge.phases.data import Example, labels_met
 from kifmerge.phases.encode import Features, collator, training_features
-from kifmerge.phases.importance import trained_parameters
 from kifmerge.phases.intake import GradientIntake, take_in
 from kifmerge.phases.model import LoadedModel, ModelOptions, known_labels
 from kifmerge.phases.opening import bring, open_model
 from kifmerge.phases.origin import opened
+from kifmerge.phases.parameters import trained_parameters
 from kifmerge.phases.saved_names import SavedGroup, SavedTensors, chosen, saved_groups, shards
 from kifmerge.phases.train import TrainingOptions, training_device
 from kifmerge.tensor.importance import (
@@ -47,6 +49,10 @@ from kifmerge.tensor.importance import (
 )
 
 _ADVICE = "Look at the rows, or take more exact weights: --set model.dtype=float32"
+ONE_PROCESS_SMOOTHS = (
+    "smoothing goes over the batches in their order: one process does it, several take "
+    "--average mean"
+)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -107,6 +113,15 @@ class Measurement:
     num_skipped: int
 
 
+def use_share_of_machine(ranks: Ranks) -> None:
+    """Take an accelerator, and processors, beside the other ranks of this machine."""
+    if ranks.num_local == 1:
+        return
+    torch.set_num_threads(max(num_processors() // ranks.num_local, 1))
+    if torch.accelerator.is_available():
+        torch.accelerator.set_device_index(ranks.local_rank % torch.accelerator.device_count())
+
+
 def open_at_rest(
     options: ModelOptions, adapter: str | None, training: TrainingOptions, say: Say = silent
 ) -> LoadedModel:
@@ -152,12 +167,16 @@ def measure_importance(
     *,
     on_batch: Callable[[int], None] = lambda num_rows: None,
     say: Callable[[str], None] = lambda text: None,
+    ranks: Ranks = ALONE,
 ) -> Measurement:
     """Measure the importance of all parameters with ``requires_grad``; the weights do not change.
 
     Batches are made of the rows in their order, the last one may be smaller, and every batch
     counts alike; a parameter that a batch's loss does not reach counts as zero there. Dropout is
     off.
+
+    Several ranks, each with the whole model, take turns with the batches, and their means are
+    brought together: the result is that of one, but for the rounding of sums.
 
     Args:
         loaded: the model; left in evaluation mode, without gradients.
@@ -166,13 +185,17 @@ def measure_importance(
         files: of the checkpoint, whose names are taken; None: those of ``save_pretrained``.
         on_batch: told the number of rows after each batch.
         say: told what takes longer than expected.
+        ranks: share the batches; several only take their plain mean.
 
     Raises:
+        ValueError: several ranks are to smooth over batches.
         DataError: labels that a classifier does not know.
         CheckpointError: a target matches no parameter, or a weight is not finite.
         TrainingError: no parameter is trainable or has a gradient, a batch is not finite under
             ``raise``, or none is under ``skip``.
     """
+    if ranks.size > 1 and options.average != "mean":
+        raise ValueError(ONE_PROCESS_SMOOTHS)
     _check_labels(loaded, examples)
     model = loaded.model.eval()
     every = trained_parameters(model)
@@ -180,36 +203,44 @@ def measure_importance(
     parameters = {name: every[name] for group in groups for name in group.parameters}
     _check_weights(parameters, groups, files)
     batches, collate = _batches(loaded, examples, options.batch_size), collator(loaded)
+    own = range(ranks.rank, len(batches), ranks.size)
+    on_batch = ranks.adding_up(on_batch)
 
     def loss_of(number: int) -> Tensor:
-        inputs = {k: v.to(model.device) for k, v in collate(batches[number]).items()}
+        inputs = {k: v.to(model.device) for k, v in collate(batches[own[number]]).items()}
         loss: Tensor = model(**inputs).loss
         return loss
 
     def on_fault(number: int, fault: str, begins_anew: bool) -> None:
         if options.nonfinite == "raise":
             raise TrainingError(
-                f"batch {number + 1} cannot be used: {fault}. {_ADVICE}, or leave such batches "
-                "out: --nonfinite skip"
+                f"batch {own[number] + 1} cannot be used: {fault}. {_ADVICE}, or leave such "
+                "batches out: --nonfinite skip"
             )
         if begins_anew:
-            say(f"batch {number + 1} is left out, {fault}: measuring anew, which takes longer")
+            say(f"batch {own[number] + 1} is left out, {fault}: measuring anew, which takes longer")
 
     accumulator = _accumulator(parameters, options)
     intake = GradientIntake(parameters, accumulator, options.sensitivity)
     with _only_these_require_gradients(model, parameters), intake:
-        left_out = take_in(
-            len(batches),
+        own_left_out = take_in(
+            len(own),
             loss_of,
             intake,
-            on_batch=lambda number: on_batch(len(batches[number])),
+            on_batch=lambda number: on_batch(len(batches[own[number]])),
             on_fault=on_fault,
         )
+    found = ranks.gather([own[number] for number in own_left_out])
+    left_out = [number for of_rank in found for number in of_rank]
     if len(left_out) == len(batches):
         raise TrainingError(
             f"loss or gradient of all {len(batches)} batches are not finite: nothing was measured. "
             f"{_ADVICE}"
         )
+    if ranks.size > 1:
+        share = (len(own) - len(own_left_out)) / (len(batches) - len(left_out))
+        for value in accumulator.state_dict().values():
+            value.copy_(ranks.sum(value.mul_(share)))
     tensors = SavedTensors(model, accumulator.state_dict(), groups)
     return Measurement(
         tensors=tensors,

@@ -9,7 +9,14 @@ from typing import Literal, cast
 from kifmerge.errors import check_at_least, check_choices
 from kifmerge.phases.rules import FusionOptions, RuleName
 from kifmerge.tensor.fusion import DEFAULT_SHARED_WEIGHTS, Redundant
-from kifmerge.tensor.importance import ImportanceOptions, Score, Sensitivity, Weights
+from kifmerge.tensor.importance import (
+    WITH_PARAMETERS,
+    AccumulatorDtype,
+    ImportanceOptions,
+    Score,
+    Sensitivity,
+    Weights,
+)
 from kifmerge.tensor.kif import DEFAULT_SHARED_WEIGHTS as KIF_SHARED_WEIGHTS
 from kifmerge.tensor.kif import DEFAULT_TEMPERATURE
 from kifmerge.tensor.selection import Scope
@@ -45,6 +52,9 @@ class RecurrentOptions:
         weights: w after or before the step.
         new_betas: smoothing on the new task.
         historical_betas: smoothing on memory.
+        accumulator_dtype: ``float32``, or ``bfloat16`` in half the memory with S and U off by about
+            0.3 %: see :class:`kifmerge.tensor.importance.ImportanceOptions`.
+        accumulator_device: ``parameters`` keeps them beside the parameters; or a device, ``cpu``.
         new_scores: whether the new side's accumulators are ``emptied`` or ``kept`` over rounds.
         historical_scores: likewise for the historical side.
         outer_optimizer: ``shared``: the Trainer's own makes the outer steps too; ``separate``: a
@@ -72,6 +82,8 @@ class RecurrentOptions:
     weights: Weights = "after"
     new_betas: tuple[float, float] = (0.85, 0.85)
     historical_betas: tuple[float, float] = (0.85, 0.85)
+    accumulator_dtype: AccumulatorDtype = "float32"
+    accumulator_device: str = WITH_PARAMETERS
     new_scores: Literal["emptied", "kept"] = "emptied"
     historical_scores: Literal["emptied", "kept"] = "kept"
     outer_optimizer: Literal["shared", "separate"] = "shared"
@@ -111,6 +123,8 @@ class RecurrentOptions:
             score=self.score,
             weights=self.weights,
             betas=self.new_betas if role == "new" else self.historical_betas,
+            accumulator_dtype=self.accumulator_dtype,
+            accumulator_device=self.accumulator_device,
         )
 
 
@@ -125,6 +139,8 @@ class KifOptions:
             ``mixed`` for ``lora-rank`` and ``first`` for the others. So are the next two.
         score: S*U or S alone.
         betas: smoothing of sensitivity and of uncertainty.
+        accumulator_dtype: as in the recurrent loop, as is the next.
+        accumulator_device: of the accumulators.
         first_step: whether a task's very first optimizer step is ``left-out`` of the scores, as
             the release does, or ``counted``.
         important_fraction: the share of units found important on each side.
@@ -142,6 +158,8 @@ class KifOptions:
     sensitivity: Sensitivity | None = None
     score: Score = "product"
     betas: tuple[float, float] = (0.85, 0.85)
+    accumulator_dtype: AccumulatorDtype = "float32"
+    accumulator_device: str = WITH_PARAMETERS
     first_step: Literal["left-out", "counted"] = "left-out"
     important_fraction: float = DEFAULT_IMPORTANT_FRACTION
     shared_weights: tuple[float, float] = KIF_SHARED_WEIGHTS
@@ -178,7 +196,11 @@ class KifOptions:
         """The options of the accumulator."""
         by_unit: Sensitivity = "mixed" if self.unit == "lora-rank" else "first"
         return ImportanceOptions(
-            sensitivity=self.sensitivity or by_unit, score=self.score, betas=self.betas
+            sensitivity=self.sensitivity or by_unit,
+            score=self.score,
+            betas=self.betas,
+            accumulator_dtype=self.accumulator_dtype,
+            accumulator_device=self.accumulator_device,
         )
 
     @property

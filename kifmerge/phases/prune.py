@@ -9,21 +9,17 @@ OUT/checkpoint/                       the pruned checkpoint, where a model and a
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
-
-from kifmerge.checkpoint.atomic import whole_folder
 from kifmerge.checkpoint.companions import copy_companions
 from kifmerge.checkpoint.folder import Folder
 from kifmerge.checkpoint.journal import refuse_full_disk
-from kifmerge.checkpoint.mask import DETAIL_FILE, MaskSink
-from kifmerge.checkpoint.pieces import CPU_PIECE_BYTES, Piece, pieces, read_piece, split_piece
+from kifmerge.checkpoint.mask import DETAIL_FILE
+from kifmerge.checkpoint.pieces import read_piece
 from kifmerge.checkpoint.provenance import (
     is_made,
     made_by,
@@ -31,30 +27,30 @@ from kifmerge.checkpoint.provenance import (
     refuse_inputs_inside,
     write_provenance,
 )
+from kifmerge.checkpoint.ranks import ALONE, Ranks
 from kifmerge.checkpoint.scores import Scores, open_scores
-from kifmerge.checkpoint.sink import FolderSink, layout_of
+from kifmerge.checkpoint.shared_folder import shared_whole_folder
 from kifmerge.checkpoint.snapshot import DETAIL_FILE as SNAPSHOT_FILE
 from kifmerge.checkpoint.source import FolderSource, Source
 from kifmerge.checkpoint.units import UnitSource, read_units
-from kifmerge.checkpoint.workers import Workers, num_processors, peak_bytes, worker_pool
-from kifmerge.phases.agreement import Checkpoint, open_checkpoint, refuse_other_evidence
+from kifmerge.checkpoint.workers import Workers, num_processors, worker_pool
+from kifmerge.phases.agreement import open_checkpoint, refuse_other_evidence
 from kifmerge.phases.checked import FiniteSource
-from kifmerge.phases.fetching import Reading, settle, tell
+from kifmerge.phases.estimate import Estimate, Rates, estimate
+from kifmerge.phases.fetching import settle, tell
 from kifmerge.phases.fuse import OnProgress
+from kifmerge.phases.inputs import states
 from kifmerge.phases.meaning import Difference, check_meaning
+from kifmerge.phases.prune_files import ShowMask, learn_digests, write_mask, write_pruned
+from kifmerge.phases.prune_plan import PruneNeeds, PrunePlan
 from kifmerge.phases.rules import FusionOptions
-from kifmerge.phases.selection import Marks, counting_bytes, mark_important
-from kifmerge.phases.unscored import UnscoredTensors
+from kifmerge.phases.selection import Marks, mark_important
 from kifmerge.phases.weights import Nonfinite, Weights
 from kifmerge.tensor.selection import Scope
 from kifmerge.tensor.units import important_units
 
 CHECKPOINT_FOLDER = "checkpoint"
 _DEFAULTS = FusionOptions()
-# What one worker takes for a piece: both models', scores or mask, and what comes of them.
-_PRUNED_BYTES = 6 * CPU_PIECE_BYTES
-# Libraries, threads, and what the allocator keeps between pieces.
-_SPARE_BYTES = 24 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +115,7 @@ class PruneInputs:
 class _Mask:
     """What is important, piece by piece, and what is known of it beforehand."""
 
-    show: Callable[[Piece], Tensor]
+    show: ShowMask
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -158,41 +154,21 @@ class Prune:
             check_meaning([self._base, self._model], options.allowed)
             given = {"model": (self._evidence_folder, self._evidence)}
             refuse_other_evidence(self._base.source, given)
-        self._settled = settle(self._readings(), write_bytes=self._write_bytes)
+        self._needs = PruneNeeds(
+            evidence=self._evidence,
+            scores=self._scores,
+            base=self._base,
+            model=self._model,
+            copied=self._model if options.unscored == "model" else self._base,
+            num_workers=self._num_workers,
+        )
+        self._settled = settle(self._needs.readings(), write_bytes=self._needs.write_bytes)
 
     @property
     def _evidence_folder(self) -> Folder:
         folder = self.inputs.importance or self.inputs.units
         assert folder is not None
         return folder
-
-    def _readings(self) -> list[Reading]:
-        """What is going to be read, in the order of the base's files."""
-        found = []
-        if self._scores is not None and isinstance(self._scores.stored, FolderSource):
-            stored = self._scores.stored
-            passes = self._importance_passes
-            found.append(Reading(source=stored, names=stored.names(), num_passes=passes))
-        if self._base is not None and self._model is not None:
-            names, judged = self._base.source.names(), frozenset(self._judged)
-            unjudged = [name for name in names if name not in judged]
-            copied = self._model if self.options.unscored == "model" else self._base
-            found += [
-                Reading(source=self._base.source, names=names),
-                Reading(source=self._model.source, names=names),
-                Reading(source=copied.source, names=unjudged),
-            ]
-        return [reading for reading in found if reading.names]
-
-    @property
-    def _importance_passes(self) -> int:
-        """Two passes for the threshold, one to mark, one to prune."""
-        return 0 if self._scores is None else 3 + (self._base is not None)
-
-    @property
-    def _write_bytes(self) -> int:
-        infos = [self._evidence.info(name) for name in self._evidence.names()]
-        return sum(-(-info.numel // 8) for info in infos) + _num_bytes(self._base)
 
     def _important_members(self) -> UnitSource:
         assert self.inputs.units is not None
@@ -202,37 +178,13 @@ class Prune:
         important = important_units(scores, self.options.important_fraction)
         return UnitSource(units, self._base.source, important, str(self.inputs.units))
 
-    def plan(self) -> dict[str, Any]:
-        """Tensors, passes, bytes and memory, known from headers alone."""
-        infos = [self._evidence.info(name) for name in self._evidence.names()]
-        importance_passes = self._importance_passes
-        importance_bytes = 0 if self._scores is None else self._scores.num_bytes
-        weight_bytes = _num_bytes(self._base)
-        judged = [] if self._base is None else [self._base.source.info(n) for n in self._judged]
-        copied_bytes = weight_bytes - sum(info.nbytes for info in judged)
-        return {
-            "num_tensors": len(infos),
-            "num_parameters": sum(info.numel for info in infos),
-            "importance_passes": importance_passes,
-            "weight_passes": 0 if self._base is None else 1,
-            "read_bytes": importance_passes * importance_bytes
-            + weight_bytes
-            + _num_bytes(self._model)
-            + copied_bytes,
-            "write_bytes": self._write_bytes,
-            "pulled_bytes": sum(settled.pulled_bytes for settled in self._settled),
-            "fetch": list(map(str, self._settled)),
-            "peak_memory_bytes": peak_bytes()
-            + _SPARE_BYTES
-            + max(counting_bytes(self._num_workers), max(self._num_workers, 1) * _PRUNED_BYTES),
-        }
+    def plan(self) -> PrunePlan:
+        """What :meth:`run` is going to do, known from headers alone."""
+        return self._needs.plan(self._settled)
 
-    @property
-    def _judged(self) -> list[str]:
-        """Names of the base's tensors that the mask speaks of, in the order of its files."""
-        assert self._base is not None
-        scored = frozenset(self._evidence.names())
-        return [name for name in self._base.source.names() if name in scored]
+    def estimate(self, rates: Rates) -> Estimate:
+        """How long :meth:`run` takes at some rates of disk and network."""
+        return estimate(self._needs.load(self._settled), rates)
 
     def _made_by(self, *, read_hub: bool = True) -> dict[str, Any]:
         """What is recorded of how the output is made. Reads all that has not been read yet.
@@ -259,8 +211,15 @@ class Prune:
         *,
         overwrite: bool = False,
         on_progress: OnProgress = lambda num_marked: None,
+        ranks: Ranks = ALONE,
     ) -> tuple[dict[str, Any], bool]:
         """Make the mask, and the pruned checkpoint.
+
+        Args:
+            out_dir: the folder to make.
+            overwrite: what it holds may go, once the new one is whole.
+            on_progress: told the number of parameters marked after each piece.
+            ranks: share the work.
 
         Returns:
             What was found, and whether it was made now: False if it was there already.
@@ -271,24 +230,37 @@ class Prune:
             TryAgainError: the disk has no room.
         """
         refuse_inputs_inside(out_dir, self.inputs.parents.values())
+        made = ranks.from_first(lambda: self._find_made(out_dir, overwrite=overwrite))
+        if made is not None:
+            return made, False
+        work = {
+            "command": "prune",
+            "options": asdict(self.options),
+            "inputs": states({role: f for role, f in self.inputs.parents.items() if f is not None}),
+        }
+        with (
+            worker_pool(self._num_workers) as workers,
+            shared_whole_folder(out_dir, work, ranks, overwrite=overwrite) as temporary,
+        ):
+            tell(self._settled)
+            mask = self._find_mask(workers, ranks)
+            if self._model is not None and self._base is not None:
+                self._prune_into(temporary, mask, workers, ranks)
+            details = self._details(mask, ranks)
+            write_mask(temporary, self._evidence, mask.show, details, workers, ranks, on_progress)
+        return ranks.from_first(lambda: _figures(details)), True
+
+    def _find_made(self, out_dir: Path, *, overwrite: bool) -> dict[str, Any] | None:
+        """What the folder tells, if it is what is about to be made; its room on the disk if not."""
         # Asked only of what is there: the answer takes all digests.
         if out_dir.exists() and is_made(
             out_dir, DETAIL_FILE, self._made_by(read_hub=False), overwrite=overwrite
         ):
-            return _figures(read_details(out_dir / DETAIL_FILE)), False
-        refuse_full_disk(out_dir, self.plan()["write_bytes"])
-        with (
-            worker_pool(self._num_workers) as workers,
-            whole_folder(out_dir, overwrite=overwrite) as temporary,
-        ):
-            tell(self._settled)
-            mask = self._find_mask(workers)
-            if self._model is not None and self._base is not None:
-                self._prune_into(temporary / CHECKPOINT_FOLDER, mask, workers)
-            details = self._write_mask(temporary, mask, workers, on_progress)
-        return _figures(details), True
+            return _figures(read_details(out_dir / DETAIL_FILE))
+        refuse_full_disk(out_dir, self._needs.write_bytes)
+        return None
 
-    def _find_mask(self, workers: Workers) -> _Mask:
+    def _find_mask(self, workers: Workers, ranks: Ranks) -> _Mask:
         if self._scores is None:
             return _Mask(partial(read_piece, self._evidence.read))
         details = read_details(self._evidence_folder / SNAPSHOT_FILE)
@@ -298,20 +270,19 @@ class Prune:
             self.options.scope,
             details.get("role") or "given",
             workers=workers,
+            ranks=ranks,
         )
         return _Mask(marks.show, {"threshold": _threshold(marks)})
 
-    def _write_mask(
-        self,
-        directory: Path,
-        mask: _Mask,
-        workers: Workers,
-        on_progress: OnProgress,
-    ) -> dict[str, Any]:
+    def _details(self, mask: _Mask, ranks: Ranks) -> dict[str, Any]:
+        """Content of ``mask.json``; the first rank writes it."""
+        learn_digests(self._stored, ranks)
+        if not ranks.is_first:
+            return {}
         names = self._evidence.names()
         wanted = self._made_by()
         parent = wanted["parents"]["units" if self._scores is None else "importance"]
-        details = {
+        return {
             "fraction": self.options.important_fraction,
             "scope": "units" if self._scores is None else self.options.scope,
             **mask.details,
@@ -320,55 +291,38 @@ class Prune:
             "snapshot_digest": parent["digest"],
             "made_by": wanted,
         }
-        shapes = ((name, self._evidence.info(name).shape) for name in names)
-        sink = MaskSink(directory, shapes, details)
 
-        def write_piece(piece: Piece) -> tuple[int, int]:
-            shown = mask.show(piece)
-            for part, values in split_piece(shown, piece):
-                sink.add(part.name, part.start, values)
-            return shown.numel(), int(torch.count_nonzero(shown))
+    @property
+    def _stored(self) -> dict[str, FolderSource]:
+        """Role -> the files of every input whose tensors have digests."""
+        scores = None if self._scores is None else self._scores.stored
+        sources = {
+            "importance": scores,
+            "model": self._model and self._model.source,
+            "base": self._base and self._base.source,
+        }
+        return {role: s for role, s in sources.items() if isinstance(s, FolderSource)}
 
-        for num_marked, num_important in workers.map(write_piece, pieces(self._evidence, names)):
-            details["num_important"] += num_important  # written when the sink commits
-            on_progress(num_marked)
-        sink.commit()
-        return details
-
-    def _prune_into(self, directory: Path, mask: _Mask, workers: Workers) -> None:
+    def _prune_into(self, temporary: Path, mask: _Mask, workers: Workers, ranks: Ranks) -> None:
         assert self._base is not None
         assert self._model is not None
-        base, model = self._base.source, self._model.source
-        directory.mkdir()
-        weights = Weights(base=base, models=[model], nonfinite=self.options.nonfinite)
-        judged = self._judged
-        unscored = [name for name in base.names() if name not in frozenset(judged)]
-        choice: Literal["base", "new"] | None
-        choice = "new" if self.options.unscored == "model" else self.options.unscored
-        copies = UnscoredTensors(unscored, weights, choice, workers)
-        sink = FolderSink(directory, base.stem, layout_of(base))
-
-        chosen, other = (
-            source if self.options.nonfinite == "keep" else FiniteSource(source)
-            for source in (model, base)
+        directory = temporary / CHECKPOINT_FOLDER
+        directory.mkdir(exist_ok=True)  # whichever rank comes first
+        base, models = self._base.source, [self._model.source]
+        files = write_pruned(
+            directory,
+            base,
+            Weights(base=base, models=models, nonfinite=self.options.nonfinite),
+            self._needs.judged(),
+            mask.show,
+            unscored="new" if self.options.unscored == "model" else self.options.unscored,
+            workers=workers,
+            ranks=ranks,
         )
-
-        def prune_piece(piece: Piece) -> None:
-            # Chosen, not computed: base + (model - base) would round.
-            kept = read_piece(other.read, piece)
-            pruned = torch.where(
-                mask.show(piece), read_piece(chosen.read, piece).to(kept.dtype), kept
-            )
-            for part, values in split_piece(pruned, piece):
-                sink.add(part.name, part.start, values)
-
-        work = pieces(base, judged, kind_of=lambda name: model.info(name).dtype)
-        for _ in workers.map(prune_piece, work):
-            pass
-        copies.copy(unscored, sink)
-        sink.commit()
+        learn_digests(self._stored, ranks)
+        if not ranks.is_first:
+            return
         copy_companions(self._base.directory, directory)
-        files = {r.name: {"sha256": r.sha256, "bytes": r.num_bytes} for r in sink.records.values()}
         write_provenance(
             directory,
             {
@@ -378,12 +332,6 @@ class Prune:
                 "kifmerge": importlib.metadata.version("kifmerge"),
             },
         )
-
-
-def _num_bytes(checkpoint: Checkpoint | None) -> int:
-    if checkpoint is None:
-        return 0
-    return sum(checkpoint.source.info(name).nbytes for name in checkpoint.source.names())
 
 
 def _threshold(marks: Marks) -> float | dict[str, float]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from kifmerge.checkpoint.source import Source
 from kifmerge.errors import CheckpointError, problem_list
-from kifmerge.phases.importance import as_in_checkpoint
+from kifmerge.phases.parameters import as_in_checkpoint
 
 _MOST_NAMES_SHOWN = 3
 _NUMBER = re.compile(r"\.\d+\.")

@@ -5,23 +5,29 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
+from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kifmerge.checkpoint.pieces import Piece, Range, pieces, read_piece
+from kifmerge.checkpoint.ranks import ALONE, Ranks
 from kifmerge.checkpoint.source import Source
 from kifmerge.checkpoint.workers import Workers
 from kifmerge.tensor.fusion import normalise, score_bounds
 from kifmerge.tensor.selection import (
     Scope,
     Threshold,
+    compare,
     importance_threshold,
     kth_smallest,
     mask_above,
 )
+
+_Found = TypeVar("_Found")
 
 # Counting has a cost per piece: larger ones than for fusing pay, where they are few at once.
 COUNTED_BYTES = 1 << 21
@@ -98,6 +104,7 @@ def mark_important(
     role: str,
     *,
     workers: Workers | None = None,
+    ranks: Ranks = ALONE,
 ) -> Marks:
     """Find the exact thresholds of one side, in two passes; warns when nothing is important.
 
@@ -107,6 +114,7 @@ def mark_important(
         scope: one threshold for all parameters, or one per tensor.
         role: what the warning calls the scores: new, historical.
         workers: share the passes.
+        ranks: share them too, tensor by tensor.
 
     Raises:
         ValueError: no scores, or NaN among them.
@@ -115,24 +123,47 @@ def mark_important(
     thresholds: Mapping[str, Threshold]
     common = None
     if scope == "global":
-        stream = ScoreStream(scores, num_workers=workers.num)
-        common = importance_threshold(stream, important_fraction, spread=workers.map)
+        names = _share(scores, scores.names(), ranks)
+        stream = ScoreStream(scores, names, num_workers=workers.num)
+        common = importance_threshold(
+            stream, important_fraction, reduce_counts=ranks.sum, spread=workers.map
+        )
         thresholds = dict.fromkeys(scores.names(), common)
     else:
         names = [name for name in scores.names() if scores.info(name).numel]
-        found = workers.map(
-            lambda name: importance_threshold(
-                ScoreStream(scores, [name], num_workers=workers.num), important_fraction
+        found = _of_each(
+            lambda name: astuple(
+                importance_threshold(
+                    ScoreStream(scores, [name], num_workers=workers.num), important_fraction
+                )
             ),
-            names,
-        )
-        thresholds = dict(zip(names, found, strict=True))
+            scores, names, workers, ranks,
+        )  # fmt: skip
+        thresholds = {name: Threshold(*found[name]) for name in names}
     if float(important_fraction) > 0 and all(t.is_degenerate for t in thresholds.values()):
         warnings.warn(
             f"the {role} importance scores are all equal: nothing is found important",
             stacklevel=2,
         )
     return Marks(scores, thresholds, None if common is None else common.value)
+
+
+def _share(source: Source, names: Sequence[str], ranks: Ranks) -> list[str]:
+    """Names of the tensors that this rank is to go through."""
+    return ranks.share(names, lambda name: source.info(name).nbytes)
+
+
+def _of_each(
+    find: Callable[[str], _Found],
+    source: Source,
+    names: Sequence[str],
+    workers: Workers,
+    ranks: Ranks,
+) -> dict[str, _Found]:
+    """What is found of each tensor, by its name, whichever rank looks at it."""
+    own = _share(source, names, ranks)
+    found = ranks.gather(dict(zip(own, workers.map(find, own), strict=True)))
+    return {name: value for of_rank in found for name, value in of_rank.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,15 +180,23 @@ class LargestMarks:
         """Bool for the elements of a piece of the task vector."""
         sizes = vector.abs()
         if len(piece) == 1:
-            return sizes >= self.smallest_kept[piece[0].name]
+            return compare(np.greater_equal, sizes, self.smallest_kept[piece[0].name])
         parts = sizes.split([part.stop - part.start for part in piece])
         return torch.cat(
-            [s >= self.smallest_kept[p.name] for s, p in zip(parts, piece, strict=True)]
+            [
+                compare(np.greater_equal, s, self.smallest_kept[p.name])
+                for s, p in zip(parts, piece, strict=True)
+            ]
         )
 
 
 def mark_largest(
-    sizes: Source, names: Sequence[str], density: float, scope: Scope, workers: Workers
+    sizes: Source,
+    names: Sequence[str],
+    density: float,
+    scope: Scope,
+    workers: Workers,
+    ranks: Ranks = ALONE,
 ) -> LargestMarks:
     """Find above which absolute value lie the ceil(density * n) largest of n elements.
 
@@ -169,6 +208,7 @@ def mark_largest(
         density: share to be kept, in [0, 1]; 0 keeps none.
         scope: of all elements together, or of each tensor.
         workers: share the passes.
+        ranks: share them too, tensor by tensor.
     """
     names = [name for name in names if sizes.info(name).numel]
     if density == 0.0:
@@ -176,11 +216,16 @@ def mark_largest(
     if scope == "global":
         total = sum(sizes.info(name).numel for name in names)
         rank = _rank_of_density(total, density)
-        stream = ScoreStream(sizes, names, num_workers=workers.num)
-        value = kth_smallest(stream, rank, spread=workers.map)
+        own = _share(sizes, names, ranks)
+        stream = ScoreStream(sizes, own, num_workers=workers.num)
+        value = kth_smallest(stream, rank, reduce_counts=ranks.sum, spread=workers.map)
         return LargestMarks(dict.fromkeys(names, value))
-    found = workers.map(lambda name: _smallest_kept(sizes, name, density, workers.num), names)
-    return LargestMarks(dict(zip(names, found, strict=True)))
+    return LargestMarks(
+        _of_each(
+            lambda name: _smallest_kept(sizes, name, density, workers.num),
+            sizes, names, workers, ranks,
+        )
+    )  # fmt: skip
 
 
 def _smallest_kept(sizes: Source, name: str, density: float, num_workers: int) -> float:
@@ -196,7 +241,9 @@ def _rank_of_density(numel: int, density: float) -> int:
     return numel - math.ceil(density * numel) + 1
 
 
-def normalised_scores(scores: Source) -> Callable[[Piece], Tensor]:
+def normalised_scores(scores: Source, ranks: Ranks = ALONE) -> Callable[[Piece], Tensor]:
     """Shows scores min-max normalised over the whole model; one pass to find their bounds."""
-    bounds = score_bounds(read() for read in ScoreStream(scores))
+    names = _share(scores, scores.names(), ranks)
+    found = ranks.gather(score_bounds(read() for read in ScoreStream(scores, names)))
+    bounds = min(low for low, _ in found), max(high for _, high in found)
     return lambda piece: normalise(read_piece(scores.read, piece), bounds)

@@ -27,7 +27,7 @@ from transformers import Trainer
 from kifmerge.checkpoint.atomic import write_json
 from kifmerge.checkpoint.provenance import check_format, read_details
 from kifmerge.errors import CheckpointError, TrainingError, problem_list
-from kifmerge.phases.importance import trained_parameters
+from kifmerge.phases.parameters import trained_parameters
 
 if TYPE_CHECKING:
     from kifmerge.phases.loop import RecurrentLoop

@@ -196,7 +196,7 @@ class PhaseTrainer(KifMixin, ResumableMixin, StockTrainer):
         self.identity = options.identity()
         self.step_dir = options.step_dir
         self.guard = GradientGuard(options.recurrent.nonfinite)
-        self.loop = RecurrentLoop(self, rows, options.scored, self.guard)
+        self.loop = RecurrentLoop(self, rows, options.scored, self.guard, fuses=False)
         if options.kif is not None:
             self._use_kif(options.kif, options.only_units)
         self.last_loss: float | None = None

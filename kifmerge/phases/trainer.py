@@ -30,8 +30,9 @@ from transformers import (
 
 from kifmerge.errors import TrainingError
 from kifmerge.phases.guard import GradientGuard
-from kifmerge.phases.importance import refuse_without_gradients, trained_parameters
+from kifmerge.phases.importance import refuse_without_gradients
 from kifmerge.phases.loop import Memory, MemoryBatches, RecurrentLoop
+from kifmerge.phases.parameters import trained_parameters
 from kifmerge.phases.presets import RecurrentOptions
 from kifmerge.phases.recurrent import Round
 
@@ -47,7 +48,7 @@ class RecurrentMixin:
 
     Raises:
         TrainingError: an engine or optimizer that leaves no gradients (DeepSpeed, LOMO, layerwise)
-            or leaves a process only pieces of the model (FSDP, tensor parallelism).
+            or divides the model otherwise than FSDP2 does (FSDP1, tensor parallelism).
     """
 
     _preparation: tuple[tuple[Any, ...], dict[str, Any]] | None = None
@@ -125,7 +126,9 @@ class RecurrentMixin:
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
-        if self.loop is not None and _as_trainer(self).args.should_save:
+        if self.loop is not None and (
+            self.loop.rounds.holders.size > 1 or _as_trainer(self).args.should_save
+        ):
             self.loop.save(Path(output_dir))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -221,28 +224,37 @@ def _indexable(memory: Any) -> Memory | None:
 
 
 def refuse_sharded(trainer: Trainer) -> None:
-    """Raise TrainingError, by name, where a process has only pieces of the model.
+    """Raise TrainingError, by name, where a model is divided in a way that the loop cannot follow.
 
-    What counts is what runs: FSDP that was asked for without GPUs runs as DDP, which is fine.
+    It follows FSDP2, whose processes hold parts of every parameter and train on rows of their own:
+    through accelerate, or sharded when the model was loaded. What counts is what runs: FSDP asked
+    for without GPUs runs as DDP, which is fine.
     """
     engine = str(getattr(trainer.accelerator.distributed_type, "value", ""))
-    pieces = {
+    is_fsdp2 = bool(getattr(trainer.accelerator, "is_fsdp2", False))
+    divided = {
         "DeepSpeed": trainer.is_deepspeed_enabled or engine == "DEEPSPEED",
-        "FSDP": trainer.is_fsdp_enabled or trainer.is_fsdp_xla_enabled or engine == "FSDP",
+        "FSDP through XLA": trainer.is_fsdp_xla_enabled,
+        "FSDP1": (trainer.is_fsdp_enabled or engine == "FSDP") and not is_fsdp2,
         "Megatron": engine == "MEGATRON_LM",
-        "a model sharded at load time": getattr(
-            trainer, "is_distributed_loading_by_transformers", False
-        ),
         "tensor, context or sequence parallelism": (
             trainer.get_tp_size() * trainer.get_cp_size() * trainer.get_sp_size() > 1
         ),
+        "pipeline or expert parallelism": _is_divided_by_layers(trainer.model),
     }
-    for name, is_on in pieces.items():
+    for name, is_on in divided.items():
         if is_on:
             raise TrainingError(
                 f"{name} leaves each process only pieces of the model, its gradients or its rows, "
-                "and the recurrent loop needs them whole: use plain data parallelism (DDP)"
+                "and the recurrent loop needs whole ones: use plain data parallelism (DDP), or "
+                "FSDP2 (fsdp_config version 2, or a DistributedConfig with fsdp_size)"
             )
+
+
+def _is_divided_by_layers(model: Any) -> bool:
+    """Whether transformers gave each process other layers, or other experts, as it loaded them."""
+    config = getattr(getattr(model, "config", None), "distributed_config", None)
+    return any((getattr(config, name, None) or 1) > 1 for name in ("pp_size", "ep_size"))
 
 
 def _as_trainer(mixin: RecurrentMixin) -> Trainer:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kifmerge.checkpoint.pieces import Piece, pieces, read_piece, split_piece
+from kifmerge.checkpoint.ranks import ALONE, Ranks
 from kifmerge.checkpoint.sink import Sink
 from kifmerge.checkpoint.source import Source
 from kifmerge.checkpoint.workers import Workers
@@ -33,6 +34,7 @@ class UnscoredTensors:
         choice: take the ``base``'s, the ``new`` one's, or the ``average`` of the task vectors;
             None refuses tensors that differ.
         workers: share the comparison.
+        ranks: share it too, tensor by tensor.
 
     Attributes:
         differing: names of the tensors that differ.
@@ -43,12 +45,19 @@ class UnscoredTensors:
     """
 
     def __init__(
-        self, names: Sequence[str], weights: Weights, choice: Unscored | None, workers: Workers
+        self,
+        names: Sequence[str],
+        weights: Weights,
+        choice: Unscored | None,
+        workers: Workers,
+        ranks: Ranks = ALONE,
     ) -> None:
         self._weights = weights
         self._choice = choice
         self._workers = workers
-        self.differing = self._compare(names)
+        own = ranks.share(names, lambda name: weights.sources[0].info(name).nbytes)
+        differing = {name for found in ranks.gather(self._compare(own)) for name in found}
+        self.differing = [name for name in names if name in differing]
         self._refuse()
 
     def _compare(self, names: Sequence[str]) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kifmerge.checkpoint.device import send
 from kifmerge.checkpoint.header import TensorInfo
 from kifmerge.checkpoint.pieces import Piece, Range, read_piece
 from kifmerge.checkpoint.source import Source
@@ -30,12 +31,14 @@ class Weights:
         parents: for each model, which other one its task vector starts at (an index); None: the
             base. Empty stands for None throughout.
         nonfinite: NaN or infinity is an error naming tensor and file (``refuse``), or is handed on.
+        device: where they are fused; None: where each of them is.
     """
 
     base: Source | None
     models: Sequence[Source]
     parents: Sequence[int | None] = field(default=())
     nonfinite: Nonfinite = "refuse"
+    device: torch.device | None = None
 
     @property
     def sources(self) -> list[Source]:
@@ -48,7 +51,7 @@ class Weights:
         Raises:
             CheckpointError: NaN or infinity.
         """
-        values = read_piece(source.read, piece).float()
+        values = send(read_piece(source.read, piece), self.device).float()
         if self.nonfinite == "refuse" and not all_finite([values]):
             error = nonfinite_error(source, piece, values)
             raise CheckpointError(f"{error}. Mend the checkpoint, or --nonfinite keep")

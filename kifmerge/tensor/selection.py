@@ -225,6 +225,7 @@ def kth_smallest(
 def _count(
     scores: Iterable[Part],
     counts_of: Callable[[Tensor], Tensor],
+    num_counts: int,
     reduce_counts: CountReduction | None,
     spread: Spread,
 ) -> Tensor:
@@ -243,8 +244,8 @@ def _count(
     total: Tensor | None = None
     for counts in spread(counts_of_part, _bundles(scores)):
         total = counts if total is None else total.to(counts.device).add_(counts)
-    if total is None:
-        total = torch.zeros(_NUM_BUCKETS + 2, dtype=torch.int64)
+    if total is None:  # a process may have no scores, and adds up with the others all the same
+        total = torch.zeros(num_counts, dtype=torch.int64)
     total = total.cpu()
     return total if reduce_counts is None else reduce_counts(total)
 
@@ -315,7 +316,7 @@ def _bracket(
     spread: Spread,
 ) -> Bracket:
     """The bracket of the value of some rank, which follows from the number of values."""
-    counts = _count(scores, _upper_counts, reduce_counts, spread)
+    counts = _count(scores, _upper_counts, _NUM_BUCKETS + 2, reduce_counts, spread)
     upper, num_nan, num_longer = counts[:_NUM_BUCKETS], *counts[_NUM_BUCKETS:].tolist()
     if num_nan:
         raise ValueError("NaN among the scores")
@@ -337,7 +338,11 @@ def _lower_counts(
         only[0 if bracket.bucket >= _ZERO_BUCKET else -1] = bracket.num_within
         return only
     return _count(
-        scores, lambda chunk: count_low_bits(bracket.low_bits(chunk)[1]), reduce_counts, spread
+        scores,
+        lambda chunk: count_low_bits(bracket.low_bits(chunk)[1]),
+        _NUM_BUCKETS,
+        reduce_counts,
+        spread,
     )
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from processes import write_results
 
 from kifmerge.demo import write_tasks
 
@@ -133,7 +134,7 @@ def main() -> None:
         print(f"{name}: {size:,} bytes")
     if arguments.json:
         content = {"in_process": in_process, "chain": medians, "bytes": sizes, "same": same}
-        arguments.json.write_text(json.dumps(content, indent=2))
+        write_results(arguments.json, content)
 
 
 if __name__ == "__main__":

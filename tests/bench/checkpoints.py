@@ -16,7 +16,7 @@ import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,9 +31,11 @@ VOCABULARY = 32000
 HEADS = 32
 
 _CHUNK_NUMEL = 1 << 22
+_COPIED_BYTES = 1 << 22
 _BFLOAT16_BYTES = 2
 _INDEXED = "model.safetensors.index.json"
 _DTYPE_NAMES = {"bfloat16": "BF16", "float32": "F32"}
+TINY = 1_000_000  # bytes of a checkpoint that costs nothing beside starting
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 NamedShapes = list[tuple[str, tuple[int, ...]]]
@@ -189,6 +191,48 @@ def build(work: Path, shape: Shape, num_models: int, *extra: str) -> Built:
     return built(work, shape, num_models)
 
 
+def tiny_shape(seed: int = 0) -> Shape:
+    """Of what a merge costs that moves next to nothing."""
+    return Shape(size_bytes=TINY, largest_bytes=TINY // 8, seed=seed)
+
+
+def single_file(checkpoint: Path) -> Path:
+    """The checkpoint's file, or a copy of its shards in one, made beside it where it is missing."""
+    shards = sorted(checkpoint.glob("*.safetensors"))
+    if len(shards) == 1:
+        return shards[0]
+    folder = checkpoint.with_name(f"{checkpoint.name}-in-one")
+    _make(folder, partial(_join, shards))
+    return folder / "model.safetensors"
+
+
+def _join(shards: Sequence[Path], folder: Path) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    starts, offset = [], 0
+    for shard in shards:
+        with shard.open("rb") as file:
+            (header_bytes,) = struct.unpack("<Q", file.read(8))
+            tensors = json.loads(file.read(header_bytes))
+        tensors.pop("__metadata__", None)
+        for name, facts in tensors.items():
+            offsets = [offset + place for place in facts["data_offsets"]]
+            header[name] = {**facts, "data_offsets": offsets}
+        starts.append(8 + header_bytes)
+        offset += shard.stat().st_size - starts[-1]
+    with (folder / "model.safetensors").open("wb") as joined:
+        joined.write(_header_bytes(header))
+        for shard, start in zip(shards, starts, strict=True):
+            with shard.open("rb") as file:
+                file.seek(start)
+                shutil.copyfileobj(file, joined, _COPIED_BYTES)
+
+
+def _header_bytes(header: Mapping[str, Any]) -> bytes:
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
 def _build_here(
     work: Path, shape: Shape, num_models: int, *, masks: bool, scores: Sequence[str]
 ) -> None:
@@ -326,10 +370,8 @@ def write_safetensors(
             "dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, stop],
         }  # fmt: skip
         offset = stop
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+        file.write(_header_bytes(header))
         for name, shape in tensors:
             for chunk in chunks(name, math.prod(shape)):
                 file.write(chunk.view(torch.uint8).numpy().data)

@@ -27,7 +27,6 @@ from processes import (
     Cost,
     Job,
     check_disk,
-    machine,
     measure,
     print_table,
     weight_bytes,
@@ -182,7 +181,7 @@ def main() -> None:
         shutil.rmtree(work)
     print_table(rows)
     if arguments.json:
-        write_results(arguments.json, {"machine": machine(), "jobs": content})
+        write_results(arguments.json, {"jobs": content})
 
 
 if __name__ == "__main__":

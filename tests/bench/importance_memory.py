@@ -22,6 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from processes import write_results
+
 if TYPE_CHECKING:
     import torch
     from torch import nn
@@ -219,7 +221,7 @@ def main() -> None:
         results[name] = in_own_process("--one", "seconds", device, average, str(arguments.repeats))
         print(f"{name}: {', '.join(f'{k} {v:.4f}' for k, v in results[name].items())}")
     if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=2))
+        write_results(arguments.json, results)
 
 
 if __name__ == "__main__":

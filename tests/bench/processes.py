@@ -18,8 +18,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ class Cost:
         peak_anon: bytes of memory of its own, the largest of 20 samples a second.
         peak_disk: bytes of the folders watched, the largest of 20 samples a second.
         read_bytes: what it asked the system to read; mapped files are not counted.
+        written_bytes: what it asked the system to write; mapped files are not counted.
         load: processes that wanted a core in the last minute, when it began.
     """
 
@@ -48,6 +51,7 @@ class Cost:
     peak_anon: int
     peak_disk: int
     read_bytes: int
+    written_bytes: int
     load: float
 
 
@@ -63,6 +67,8 @@ class Job:
         weight_bytes: of tensors that ``out`` must hold in the end.
         environment: further variables.
         watched: folders whose size is looked at.
+        check: a command that fails where ``out`` is not what it should be; run in the first round.
+        most_rounds: that it is run in; None for all.
     """
 
     name: str
@@ -72,13 +78,15 @@ class Job:
     weight_bytes: int | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
     watched: Sequence[Path] = ()
+    check: Sequence[str | Path] = ()
+    most_rounds: int | None = None
 
 
-def measure(job: Job, log_path: Path) -> Cost:
-    """Run once.
+def measure(job: Job, log_path: Path, *, checked: bool = False) -> Cost:
+    """Run once; ``checked`` looks at what was written, too.
 
     Raises:
-        SystemExit: the command failed, or did not write all tensors.
+        SystemExit: the command failed, did not write all tensors, or wrote wrong ones.
     """
     if job.out is not None:
         shutil.rmtree(job.out, ignore_errors=True)
@@ -110,6 +118,8 @@ def measure(job: Job, log_path: Path) -> Cost:
         found = weight_bytes(job.out)
         if job.weight_bytes is not None and found != job.weight_bytes:
             raise SystemExit(f"{job.name}: expected {job.weight_bytes} bytes, found {found}")
+        if checked and job.check:
+            _check(job)
         shutil.rmtree(job.out)
     return Cost(
         wall=wall,
@@ -118,18 +128,40 @@ def measure(job: Job, log_path: Path) -> Cost:
         peak_anon=sampler.peak_anon,
         peak_disk=sampler.peak_disk,
         read_bytes=sampler.read_bytes,
+        written_bytes=sampler.written_bytes,
         load=load,
     )
 
 
-def measure_in_turn(jobs: Sequence[Job], repeats: int, work: Path) -> dict[str, list[Cost]]:
-    """Run all jobs, then all again: what disturbs the machine for a while disturbs all of them."""
+def _check(job: Job) -> None:
+    done = subprocess.run(
+        [str(word) for word in job.check], check=False, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise SystemExit(f"{job.name}: its output is wrong:\n{done.stdout}{done.stderr}")
+
+
+def measure_in_turn(
+    jobs: Sequence[Job],
+    repeats: int,
+    work: Path,
+    *,
+    before_round: Callable[[], None] = lambda: None,
+) -> dict[str, list[Cost]]:
+    """Run all jobs, then all again: what disturbs the machine for a while disturbs all of them.
+
+    Jobs of one name are one: what is short is listed, and run, several times a round.
+    """
     costs: dict[str, list[Cost]] = {job.name: [] for job in jobs}
     logs = work / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     for number in range(1, repeats + 1):
+        before_round()
         for job in jobs:
-            cost = measure(job, logs / f"{job.name.replace(' ', '-')}.txt")
+            if job.most_rounds is not None and number > job.most_rounds:
+                continue
+            log = logs / f"{job.name.replace(' ', '-')}.txt"
+            cost = measure(job, log, checked=number == 1)
             costs[job.name].append(cost)
             print(
                 f"round {number}: {job.name}: {cost.wall:.2f} s wall, {cost.cpu:.2f} s CPU, "
@@ -148,6 +180,7 @@ class _Sampler:
         self.peak_disk = 0
         self._watched = watched
         self.read_bytes = 0
+        self.written_bytes = 0
         self._folder = Path(f"/proc/{process_id}")
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._look)
@@ -157,7 +190,8 @@ class _Sampler:
         """Once the process has ended, and before it is waited for."""
         self._stopped.set()
         self._thread.join()
-        self.read_bytes = int(_fields((self._folder / "io").read_text())["rchar"])
+        moved = _fields((self._folder / "io").read_text())
+        self.read_bytes, self.written_bytes = int(moved["rchar"]), int(moved["wchar"])
 
     def _look(self) -> None:
         while not self._stopped.wait(1 / SAMPLES_PER_SECOND):
@@ -239,14 +273,26 @@ def medians(costs: Sequence[Cost]) -> dict[str, float]:
 
 
 def print_table(rows: Sequence[Mapping[str, str]]) -> None:
-    """Columns of the first row's names, the first to the left and the others to the right."""
-    columns = list(rows[0])
-    widths = {c: max(len(c), *(len(row.get(c, "")) for row in rows)) for c in columns}
-    for row in [dict(zip(columns, columns, strict=True)), *rows]:
-        first, *others = columns
-        cells = [row.get(first, "").ljust(widths[first])]
-        print("  ".join([*cells, *(row.get(c, "").rjust(widths[c]) for c in others)]).rstrip())
+    """In Markdown: columns of the first row's names, the first to the left, others to the right."""
+    first, *others = columns = list(rows[0])
+    widths = {c: max(3, len(c), *(len(row.get(c, "")) for row in rows)) for c in columns}
+
+    def line(cells: Mapping[str, str]) -> str:
+        shown = [cells.get(first, "").ljust(widths[first])]
+        shown += [cells.get(column, "").rjust(widths[column]) for column in others]
+        return f"| {' | '.join(shown)} |"
+
+    print(line(dict(zip(columns, columns, strict=True))))
+    print(line({first: "-" * widths[first], **{c: "-" * (widths[c] - 1) + ":" for c in others}}))
+    for row in rows:
+        print(line(row))
 
 
 def write_results(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    """Write JSON: when, where and with what it was measured, and ``content``."""
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    versions = {name: metadata.version(name) for name in ("kifmerge", "torch", "safetensors")}
+    about = {"date": now, "machine": machine(), "versions": versions}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**about, **content}, indent=2) + "\n", encoding="utf-8")
+    print(f"\n{path} holds all of this")

@@ -126,7 +126,6 @@ def main() -> None:
     print_table(table(costs))
     if arguments.json:
         content = {
-            "machine": machine(),
             "scores": num_scores,
             "runs": {name: [asdict(cost) for cost in found] for name, found in costs.items()},
             "medians": {name: medians(found) for name, found in costs.items()},

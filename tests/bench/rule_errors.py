@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from checkpoints import Built, add_shape_options, build, shape_of
-from merge_cost import DENSITY, PEER_RULES, our_command, peer_command
+from peers import DENSITY, PEER_RULES, mergekit_command, our_command
 from processes import print_table, write_results
 from safetensors import safe_open
 from torch import Tensor
@@ -75,10 +75,14 @@ def tenths_of(rule: str, num_models: int) -> list[int]:
 
 
 def exact_result(
-    rule: str, base: Tensor, models: Sequence[Tensor], *, delta_dtype: torch.dtype
+    rule: str,
+    base: Tensor,
+    models: Sequence[Tensor],
+    tenths: Sequence[int],
+    *,
+    delta_dtype: torch.dtype,
 ) -> Exact:
     """The rule in float64; ``delta_dtype`` says how a tool rounds changes before it cuts."""
-    tenths = tenths_of(rule, len(models))
     nowhere = torch.zeros_like(base, dtype=torch.bool)
     if rule == "linear":
         total = torch.stack([w * model for w, model in zip(tenths, models, strict=True)]).sum(0)
@@ -181,6 +185,12 @@ class Weights:
     def names(self) -> Iterator[str]:
         yield from self._files
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._files[name].get_slice(name).get_shape())
+
+    def numel(self, name: str) -> int:
+        return math.prod(self.shape(name))
+
     def __getitem__(self, name: str) -> Tensor:
         tensor: Tensor = self._files[name].get_tensor(name)
         if tensor.dtype != torch.bfloat16:
@@ -194,7 +204,8 @@ def errors_of(rule: str, inputs: Built, out: Path, *, delta_dtype: torch.dtype) 
     errors = Errors()
     for name in base.names():
         weights = [model[name] for model in models]
-        exact = exact_result(rule, base[name], weights, delta_dtype=delta_dtype)
+        tenths = tenths_of(rule, len(weights))
+        exact = exact_result(rule, base[name], weights, tenths, delta_dtype=delta_dtype)
         largest_input = torch.stack([base[name], *weights]).abs().amax(0)
         errors.add(result[name], exact, largest_input)
     return errors
@@ -228,7 +239,7 @@ def main() -> None:
         weights = [tenths / 10 for tenths in tenths_of(rule, arguments.models)]
         commands = {"kifmerge": our_command(rule, inputs, out, weights)}
         for dtype in ("float32", "bfloat16") if arguments.mergekit else ():
-            commands[f"mergekit, {dtype}"] = peer_command(
+            commands[f"mergekit, {dtype}"] = mergekit_command(
                 arguments.mergekit.absolute(), rule, inputs, out, weights,
                 dtype=dtype, shard_bytes=shape.shard_bytes,
             )  # fmt: skip

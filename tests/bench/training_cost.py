@@ -1,19 +1,21 @@
 """What the recurrent loop costs, as ratios to plain training measured in the same run.
 
-    python tests/bench/training_cost.py [--device cuda] [--repeats 3] [--json FILE]
+    python tests/bench/training_cost.py [--device cuda] [--repeats 3] [--rounds 2] [--json FILE]
 
 1. Importance update: CPU (or device) seconds of one update over those of one plain training step,
    for LoRA (r 8 on q and v) and for all parameters of a T5-small-shaped model (60M).
-2. Recurrent run: seconds of a run with inner and outer steps and fusion over those of a plain run
-   with as many steps in all.
+2. Recurrent run: seconds of the steps of a run with inner and outer steps and fusion over those of
+   a plain run with as many steps in all. What a run spends once, before its first step (the copy of
+   the weights and the accumulators), is told apart.
 
-Runs are interleaved and medians are taken. On a CPU one thread is used and CPU seconds are counted.
+Runs are interleaved and medians are taken. On a CPU one thread is used and CPU seconds are counted;
+--threads takes more, and says what becomes of the wall time.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import functools
 import statistics
 import tempfile
 import time
@@ -23,7 +25,14 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import T5Config, T5ForConditionalGeneration, Trainer, TrainingArguments
+from processes import write_results
+from transformers import (
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from kifmerge import ImportanceAccumulator, RecurrentOptions, RecurrentTrainer
 
@@ -56,16 +65,27 @@ class Stopwatch:
     def __init__(self, device: str) -> None:
         self._device = device
 
-    def __call__(self, work: Callable[[], Any]) -> float:
+    def now(self) -> float:
         if self._device == "cpu":
-            start = time.process_time()
-            work()
-            return time.process_time() - start
+            return time.process_time()
         torch.cuda.synchronize()
-        start = time.perf_counter()
+        return time.perf_counter()
+
+    def __call__(self, work: Callable[[], Any]) -> float:
+        start = self.now()
         work()
-        torch.cuda.synchronize()
-        return time.perf_counter() - start
+        return self.now() - start
+
+
+class Beginning(TrainerCallback):
+    """Notes when the first step of a training begins."""
+
+    def __init__(self, stopwatch: Stopwatch) -> None:
+        self._stopwatch = stopwatch
+        self.first_step = 0.0
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.first_step = self.first_step or self._stopwatch.now()
 
 
 def update_cost(device: str, repeats: int, *, lora: bool) -> dict[str, float]:
@@ -98,7 +118,7 @@ def update_cost(device: str, repeats: int, *, lora: bool) -> dict[str, float]:
     }
 
 
-def run_cost(device: str, repeats: int, *, lora: bool, num_rounds: int = 1) -> dict[str, float]:
+def run_cost(device: str, repeats: int, *, lora: bool, num_rounds: int) -> dict[str, float]:
     """A recurrent run over a plain run with the same number of optimizer steps."""
     options = RecurrentOptions()
     inner = options.inner_steps * num_rounds
@@ -106,7 +126,8 @@ def run_cost(device: str, repeats: int, *, lora: bool, num_rounds: int = 1) -> d
     stopwatch = Stopwatch(device)
     data, memory = rows(total * BATCH_SIZE), rows(4 * BATCH_SIZE)
 
-    def seconds(steps: int, trainer_class: Any, **extra: Any) -> float:
+    def seconds(steps: int, trainer_class: Any, **extra: Any) -> tuple[float, float, float]:
+        """Of all steps, of what comes before them, and the wall seconds of both."""
         with tempfile.TemporaryDirectory() as output_dir:
             trainer = trainer_class(
                 t5_small(lora=lora),
@@ -125,7 +146,12 @@ def run_cost(device: str, repeats: int, *, lora: bool, num_rounds: int = 1) -> d
                 train_dataset=data,
                 **extra,
             )
-            return stopwatch(trainer.train)
+            beginning = Beginning(stopwatch)
+            trainer.add_callback(beginning)
+            start, wall_start = stopwatch.now(), time.perf_counter()
+            trainer.train()
+            end, wall = stopwatch.now(), time.perf_counter() - wall_start
+            return end - beginning.first_step, beginning.first_step - start, wall
 
     pairs = [
         (
@@ -135,9 +161,13 @@ def run_cost(device: str, repeats: int, *, lora: bool, num_rounds: int = 1) -> d
         for _ in range(repeats)
     ]
     return {
-        "plain_seconds": statistics.median(pair[0] for pair in pairs),
-        "recurrent_seconds": statistics.median(pair[1] for pair in pairs),
-        "ratio": statistics.median(recurrent / plain for plain, recurrent in pairs),
+        "plain_seconds": statistics.median(plain[0] for plain, _ in pairs),
+        "recurrent_seconds": statistics.median(recurrent[0] for _, recurrent in pairs),
+        "ratio": statistics.median(recurrent[0] / plain[0] for plain, recurrent in pairs),
+        "least_ratio": min(recurrent[0] / plain[0] for plain, recurrent in pairs),
+        "most_ratio": max(recurrent[0] / plain[0] for plain, recurrent in pairs),
+        "begin_seconds": statistics.median(recurrent[1] - plain[1] for plain, recurrent in pairs),
+        "wall_ratio": statistics.median(recurrent[2] / plain[2] for plain, recurrent in pairs),
         "steps": total,
     }
 
@@ -146,20 +176,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", choices=["lora", "all parameters"])
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if arguments.device == "cpu":
-        torch.set_num_threads(1)
+        torch.set_num_threads(arguments.threads)
     results: dict[str, dict[str, float]] = {}
     for name, lora in (("lora", True), ("all parameters", False)):
         device, repeats = arguments.device, arguments.repeats
-        for work, measure in (("importance update", update_cost), ("recurrent run", run_cost)):
+        if arguments.only not in (None, name):
+            continue
+        run = functools.partial(run_cost, num_rounds=arguments.rounds)
+        for work, measure in (("importance update", update_cost), ("recurrent run", run)):
             figures = measure(device, repeats, lora=lora)
             results[f"{work}, {name}"] = figures
             shown = ", ".join(f"{key} {value:.6g}" for key, value in figures.items())
             print(f"{work}, {name}: {shown}", flush=True)
     if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=2))
+        write_results(arguments.json, results)
 
 
 if __name__ == "__main__":

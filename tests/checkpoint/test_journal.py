@@ -326,7 +326,7 @@ class TestErrors:
         folder.interrupt()
         before = faults.content(folder.hidden)
         with monkeypatch.context() as patch:
-            patch.setattr("kifmerge.checkpoint.journal.file_sha256", interrupted)
+            patch.setattr("kifmerge.checkpoint.records.file_sha256", interrupted)
             with pytest.raises(KeyboardInterrupt, match="finished files are kept"):
                 folder.make(resume=True)
         assert faults.content(folder.hidden) == before

@@ -221,6 +221,7 @@ class TestPeak:
         assert 10_000_000 < before < after
         assert after - before <= held.nbytes + 50_000_000
 
+    @pytest.mark.slow
     def test_is_that_of_this_process_alone(self):
         """A large process may start a small one."""
         held = torch.ones(1 << 27)

@@ -2,11 +2,15 @@
 
 from dataclasses import replace
 
+import merges
 import pytest
 import tiny
 import torch
 
+from kifmerge.checkpoint.device import find_device
+from kifmerge.phases.merge import Merge
 from kifmerge.phases.presets import RecurrentOptions
+from kifmerge.phases.rules import RULES, FusionOptions
 from kifmerge.tensor.importance import ImportanceAccumulator
 from kifmerge.tensor.selection import importance_threshold
 
@@ -97,3 +101,19 @@ def test_accumulator_lives_beside_its_parameters():
     for (name, scores), (_, expected) in zip(on_device.scores(), on_cpu.scores(), strict=True):
         assert scores.is_cuda, name
         torch.testing.assert_close(scores.cpu(), expected)
+
+
+@pytest.mark.parametrize("rule", [name for name in RULES if not RULES[name].two_sided])
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_a_merge_on_the_device_is_that_of_the_processor(tmp_path, rule, num_workers):
+    files = merges.Files(tmp_path, merges.roles_of(3)).write(torch.bfloat16, shards=[2] * 4)
+    options = FusionOptions(rule=rule)
+    base = RULES[rule].needs_base
+    files.merge(options, "on-cpu", base=base)
+    inputs = files.inputs(merges.usual_evidence(options), base=base)
+    device = find_device("cuda")
+    merge = Merge(inputs, options, device=device, num_workers=num_workers)
+    merge.run(tmp_path / "on-device")
+    for name in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"):
+        expected = (tmp_path / "on-cpu" / name).read_bytes()
+        assert (tmp_path / "on-device" / name).read_bytes() == expected

@@ -13,6 +13,8 @@ from kifmerge.errors import TrainingError
 from kifmerge.phases.importance import ImportanceCallback, as_in_checkpoint, checkpoint_names
 from kifmerge.tensor.importance import ImportanceOptions
 
+pytestmark = pytest.mark.slow  # whole trainings
+
 CHECKPOINTED = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
 MODELS = {
     "LoRA": tiny.lora_llama,
@@ -144,6 +146,8 @@ def test_options_are_recorded_as_they_were(tmp_path):
         "score": "product",
         "weights": "before",
         "betas": [0.5, 0.6],
+        "accumulator_dtype": "float32",
+        "accumulator_device": "parameters",
     }
 
 

@@ -193,6 +193,7 @@ class TestConfig:
         text = "rms_norm_eps: base 1e-06, third 1e-05"
         pair.refused(text, allow=["config"], roles=("new", "base", "third"))
 
+    @pytest.mark.slow
     def test_no_transformers_where_files_agree(self, pair):
         """Importing it costs more than many a merge."""
         code = (

@@ -146,10 +146,9 @@ def from_memory(files, variant):
     return out
 
 
+@pytest.mark.slow
 @every_variant
-@pytest.mark.parametrize(
-    "dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_bytes_depend_on_the_content_alone(tmp_path, variant, dtype):
     """Not on pieces, workers, or the shards of any input; the same as over live tensors."""
     drawn = random.Random(str(variant))

@@ -337,8 +337,8 @@ class TestInputs:
 
         monkeypatch.setattr(os, "pwrite", spoil_midway)
         # Two workers have read a few small tensors ahead.
-        monkeypatch.setattr("kifmerge.phases.merge.LEAST_PIECE_BYTES", 512)
-        monkeypatch.setattr("kifmerge.phases.merge._MOST_BUFFER_BYTES", 1)
+        monkeypatch.setattr("kifmerge.phases.merge_plan.LEAST_PIECE_BYTES", 512)
+        monkeypatch.setattr("kifmerge.phases.merge_plan.MOST_BUFFER_BYTES", 1)
         error = merging.fails(3, f"{file}: ", told)
         assert len(error.splitlines()) == 1
 

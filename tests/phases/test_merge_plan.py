@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import resource
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import folders
+import large_headers
 import merges
 import pytest
 import torch
@@ -14,6 +19,8 @@ from merges import Files
 from kifmerge.checkpoint import sink as sink_module
 from kifmerge.checkpoint.header import TensorInfo, read_header
 from kifmerge.checkpoint.sink import FolderSink
+from kifmerge.checkpoint.source import open_source
+from kifmerge.errors import CheckpointError
 from kifmerge.phases.rules import FusionOptions
 
 COUNTERS = Path("/proc/self/io")
@@ -152,6 +159,7 @@ def test_passes(tmp_path, name, evidence, weight_passes, importance_passes):
 def test_counts_tensors_and_bytes(tmp_path):
     files = Files(tmp_path).write()
     plan = files.open(FusionOptions()).plan()
+    assert plan.disk_bytes == plan.write_bytes
     numel = sum(value.numel() for value in files.states[0].values())
     assert (plan.num_tensors, plan.num_parameters) == (4, numel)
     assert plan.write_bytes == 4 * numel
@@ -177,3 +185,57 @@ def test_peak_grows_with_workers_and_stays_within_their_budget(tmp_path):
     peaks = [files.open(rule, num_workers=n).plan().peak_memory_bytes for n in (1, 2, 4, 64)]
     assert peaks == sorted(peaks)
     assert peaks[-1] - peaks[0] <= 200_000_000
+
+
+def planned(directory, model, *, num_models=2):
+    """The plan of a merge of models of which there are but headers, and its processor seconds."""
+    folders_made = [
+        large_headers.write(directory / str(number), model) for number in range(num_models + 1)
+    ]
+    base, *models = map(str, folders_made)
+    given = [word for path in models for word in ("--model", path)]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, "-m", "kifmerge", "merge", "--rule", "task-arithmetic", "--base", base,
+         *given, "--out", str(directory / "out"), "--dry-run", "--disk-rate", "500MB", "--json"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return json.loads(done.stdout), seconds
+
+
+# What it takes on a quiet machine, `import torch` included, is a tenth of that.
+MOST_SECONDS = 60
+
+
+def test_of_a_model_of_70_billion_parameters(tmp_path):
+    model = large_headers.llama_3_70b()
+    plan, seconds = planned(tmp_path, model)
+    assert (plan["num_tensors"], plan["num_files"]) == (723, 30)
+    assert plan["num_parameters"] == 70_553_706_496
+    assert plan["write_bytes"] == plan["disk_bytes"] == 2 * plan["num_parameters"]
+    assert plan["read_bytes"] == 3 * plan["write_bytes"]
+    assert plan["estimate"]["seconds"] == round(4 * plan["write_bytes"] / 500_000_000)
+    assert plan["estimate"]["time"] == "18 min 49 s"
+    assert plan["estimate"]["bound_by"] == "disk"
+    assert plan["peak_memory_bytes"] <= 400_000_000
+    assert seconds < MOST_SECONDS
+
+
+@pytest.mark.slow
+def test_of_a_model_of_671_billion_parameters(tmp_path):
+    model = large_headers.deepseek_v3()
+    plan, seconds = planned(tmp_path, model)
+    assert (plan["num_tensors"], plan["num_files"]) == (46_183, 163)
+    assert plan["num_parameters"] == model.num_parameters == 684_489_845_504
+    assert plan["write_bytes"] == model.num_bytes
+    assert plan["read_bytes"] == 3 * model.num_bytes
+    assert plan["peak_memory_bytes"] <= 450_000_000
+    assert seconds < MOST_SECONDS
+
+
+def test_of_a_model_in_float8_says_what_to_take_instead(tmp_path):
+    path = large_headers.write(tmp_path / "model", large_headers.deepseek_v3(fp8=True))
+    with pytest.raises(CheckpointError, match=r"quantised by fp8: .*as it was before"):
+        open_source(path)

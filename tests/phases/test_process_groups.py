@@ -159,23 +159,15 @@ def test_fsdp_asked_for_without_gpus_is_plain_data_parallelism(group):
     assert tiny.same(group.tensors("fsdp-as-ddp"), group.tensors("split-causal LM"))
 
 
-@pytest.mark.slow
-def test_parameters_in_pieces_are_refused_by_name(group):
-    for rank in (0, 1):
-        assert "is sharded over processes (FSDP, tensor parallelism)" in group.figures(
-            "sharded", rank
-        )
-
-
 def whole(**changes):
     """The parts of a Trainer that tell how its model lies on the processes."""
     return SimpleNamespace(
         **{
             "accelerator": SimpleNamespace(distributed_type=SimpleNamespace(value="MULTI_GPU")),
+            "model": SimpleNamespace(config=SimpleNamespace(distributed_config=None)),
             "is_deepspeed_enabled": False,
             "is_fsdp_enabled": False,
             "is_fsdp_xla_enabled": False,
-            "is_distributed_loading_by_transformers": False,
             "get_tp_size": lambda: 1,
             "get_cp_size": lambda: 1,
             "get_sp_size": lambda: 1,
@@ -184,19 +176,26 @@ def whole(**changes):
     )
 
 
-def engine(name):
-    return SimpleNamespace(distributed_type=SimpleNamespace(value=name))
+def engine(name, **more):
+    return SimpleNamespace(distributed_type=SimpleNamespace(value=name), **more)
+
+
+def loaded_by(**sizes):
+    """A model that transformers divided while it loaded it."""
+    return SimpleNamespace(config=SimpleNamespace(distributed_config=SimpleNamespace(**sizes)))
 
 
 @pytest.mark.parametrize(
     ("changes", "name"),
     [
         ({"is_deepspeed_enabled": True}, "DeepSpeed"),
-        ({"is_fsdp_enabled": True}, "FSDP"),
-        ({"is_fsdp_xla_enabled": True}, "FSDP"),
-        ({"accelerator": engine("FSDP")}, "FSDP"),
+        ({"is_fsdp_enabled": True}, "FSDP1"),
+        ({"is_fsdp_xla_enabled": True}, "FSDP through XLA"),
+        ({"accelerator": engine("FSDP")}, "FSDP1"),
+        ({"accelerator": engine("FSDP", is_fsdp2=False)}, "FSDP1"),
         ({"accelerator": engine("MEGATRON_LM")}, "Megatron"),
-        ({"is_distributed_loading_by_transformers": True}, "sharded at load time"),
+        ({"model": loaded_by(fsdp_size=2, pp_size=2)}, "pipeline or expert parallelism"),
+        ({"model": loaded_by(fsdp_size=2, ep_size=2)}, "pipeline or expert parallelism"),
         ({"get_cp_size": lambda: 2}, "tensor, context or sequence parallelism"),
     ],
 )
@@ -204,3 +203,14 @@ def test_engine_that_cuts_the_model_into_pieces_is_refused_by_name(changes, name
     refuse_sharded(whole())
     with pytest.raises(TrainingError, match=name):
         refuse_sharded(whole(**changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"is_fsdp_enabled": True, "accelerator": engine("FSDP", is_fsdp2=True)},
+        {"model": loaded_by(fsdp_size=2, pp_size=1, ep_size=None)},
+    ],
+)
+def test_fsdp2_is_followed(changes):
+    refuse_sharded(whole(**changes))

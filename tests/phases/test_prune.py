@@ -374,8 +374,8 @@ def test_plan_counts_what_is_truly_read_and_written(tmp_path, with_model, num_un
     plan, before = pruning.plan(), counted()
     pruning.run(tmp_path / "out")
     read, written = (after - earlier for after, earlier in zip(counted(), before, strict=True))
-    assert plan["read_bytes"] <= read <= plan["read_bytes"] + 120_000
-    assert plan["write_bytes"] <= written <= plan["write_bytes"] + 120_000
+    assert plan.read_bytes <= read <= plan.read_bytes + 120_000
+    assert plan.write_bytes <= written <= plan.write_bytes + 120_000
 
 
 def counted():
@@ -387,6 +387,6 @@ def counted():
 def test_plan_counts_bytes(importance):
     numel = sum(value.numel() for value in folders.random_tensors(0).values())
     plan = Prune(PruneInputs(importance=importance), PruneOptions()).plan()
-    assert plan["num_parameters"] == numel
-    assert plan["read_bytes"] == 3 * 8 * numel
-    assert plan["write_bytes"] == 5 + 2 + 1 + 0 + 1
+    assert plan.num_parameters == numel
+    assert plan.read_bytes == 3 * 8 * numel
+    assert plan.write_bytes == 5 + 2 + 1 + 0 + 1

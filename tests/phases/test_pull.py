@@ -19,7 +19,7 @@ import remote
 from huggingface_hub import constants, snapshot_download
 from loopback import Fault
 
-from kifmerge.checkpoint import journal
+from kifmerge.checkpoint import records
 from kifmerge.errors import CheckpointError, RunError, TryAgainError
 from kifmerge.phases.choosing import is_pickle, left_out
 from kifmerge.phases.pull import Pull
@@ -72,7 +72,7 @@ def hidden(out):
 
 
 def noted(out):
-    return journal.parse_journal((hidden(out) / "journal.jsonl").read_text())
+    return records.parse_journal((hidden(out) / "journal.jsonl").read_text())
 
 
 class TestChoice:

@@ -12,6 +12,8 @@ from kifmerge.errors import TrainingError
 from kifmerge.phases.presets import RecurrentOptions
 from kifmerge.phases.trainer import RecurrentMixin
 
+pytestmark = pytest.mark.slow  # whole trainings
+
 trl = pytest.importorskip("trl")
 
 SHORT = RecurrentOptions(inner_steps=3, outer_steps=2)

@@ -149,6 +149,7 @@ class TestSound:
         assert [p.state for p in sound(tmp_path / "k").parents] == ["unchanged"]
         assert sound(tmp_path / "u").files == []
 
+    @pytest.mark.slow
     def test_run_folder_with_all_that_is_in_it(self, tmp_path):
         recipe = synthetic.write_recipe(tmp_path, methods=["sequential"])
         synthetic.run(recipe, tmp_path / "run", ["training.max_steps=2"])

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from kifmerge.errors import TrainingError
-from kifmerge.phases.importance import ImportanceCallback, trained_parameters
+from kifmerge.phases.importance import ImportanceCallback
 from kifmerge.phases.presets import RecurrentOptions
 from kifmerge.phases.trainer import RecurrentTrainer
 
@@ -178,11 +178,6 @@ def main(out: Path) -> None:
     run.train()
     results.keep("fsdp-as-ddp", run)
 
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    sharded = fully_shard(tiny.llama(), mesh=init_device_mesh("cpu", (2,)))
-    results.note("sharded", refusal(lambda: trained_parameters(sharded)))
     torch.distributed.destroy_process_group()
 
 

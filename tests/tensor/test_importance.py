@@ -1,10 +1,11 @@
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import oracles
 import pytest
 import torch
 
-from kifmerge.tensor import importance
+from kifmerge.tensor import grouping
 from kifmerge.tensor.importance import (
     ImportanceAccumulator,
     ImportanceOptions,
@@ -105,19 +106,19 @@ def test_cutting_and_bundling_tensors_changes_nothing(monkeypatch, kind, limit):
     steps = random_steps()
     steps[1][1][0] = None
     whole = accumulated(steps, sensitivity=kind).state_dict()
-    monkeypatch.setattr(importance, "CPU_GROUP_NUMEL", limit)
+    monkeypatch.setattr(grouping, "CPU_GROUP_NUMEL", limit)
     cut = accumulated(steps, sensitivity=kind).state_dict()
     assert all(torch.equal(cut[key], value) for key, value in whole.items())
 
 
 def test_large_tensor_is_cut_into_pieces_of_the_limit(monkeypatch):
-    monkeypatch.setattr(importance, "CPU_GROUP_NUMEL", 10)
+    monkeypatch.setattr(grouping, "CPU_GROUP_NUMEL", 10)
     sizes = []
     update_group = ImportanceAccumulator._update_group
 
-    def recording(self, sensitivity, *rest):
-        sizes.append(sum(tensor.numel() for tensor in sensitivity))
-        update_group(self, sensitivity, *rest)
+    def recording(self, group):
+        sizes.append(sum(tensor.numel() for tensor in group[0]))
+        update_group(self, group)
 
     monkeypatch.setattr(ImportanceAccumulator, "_update_group", recording)
     accumulated(random_steps(1))
@@ -126,7 +127,7 @@ def test_large_tensor_is_cut_into_pieces_of_the_limit(monkeypatch):
 
 
 def test_transposed_weights_are_matched_with_their_own_scores(monkeypatch):
-    monkeypatch.setattr(importance, "CPU_GROUP_NUMEL", 8)
+    monkeypatch.setattr(grouping, "CPU_GROUP_NUMEL", 8)
     shapes = {"matrix": (5, 7)}
     steps = [([w[0].T], [g[0].T.contiguous()]) for w, g in random_steps()]
     assert not steps[0][0][0].is_contiguous()
@@ -215,3 +216,69 @@ def test_another_number_of_tensors_is_refused():
 def test_smoothing_factors_outside_0_to_1_are_refused(betas):
     with pytest.raises(ValueError, match="betas"):
         ImportanceOptions(betas=betas)
+
+
+@pytest.mark.parametrize("beta", [0.55, 0.85, 0.95])
+def test_bfloat16_accumulators_stay_near_those_in_float32(beta):
+    steps = random_steps(60, shapes={"matrix": (70, 50)})
+    exact = accumulated(steps, shapes={"matrix": 0}, betas=(beta, beta))
+    half = accumulated(
+        steps, shapes={"matrix": 0}, betas=(beta, beta), accumulator_dtype="bfloat16"
+    )
+    for found, expected in (
+        (half.sensitivity["matrix"], exact.sensitivity["matrix"]),
+        (half.uncertainty["matrix"], exact.uncertainty["matrix"]),
+    ):
+        assert found.dtype == torch.bfloat16
+        errors = (found.float() - expected).abs() / expected
+        assert 0 < float(errors.mean()) < 0.006
+        assert float(errors.quantile(0.99)) < 0.02
+
+
+def test_bfloat16_step_is_computed_in_float32_and_rounded_once():
+    weights, gradients = torch.randn(100), torch.randn(100)
+    exact, half = (
+        ImportanceAccumulator({"w": weights}, ImportanceOptions(accumulator_dtype=dtype))
+        for dtype in ("float32", "bfloat16")
+    )
+    for accumulator in (exact, half):
+        accumulator.begin()
+        accumulator.take("w", weights, gradients)
+    assert torch.equal(half.sensitivity["w"], exact.sensitivity["w"].bfloat16())
+    assert torch.equal(half.uncertainty["w"], exact.uncertainty["w"].bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"accumulator_dtype": "bfloat16", "betas": (0.99, 0.5)}, "betas must not exceed 0.95"),
+        ({"accumulator_dtype": "bfloat16", "betas": (0.5, 0.99)}, "betas must not exceed 0.95"),
+        ({"accumulator_dtype": "float16"}, "accumulator_dtype"),
+        ({"accumulator_device": "moon"}, "accumulator_device must be parameters, or a device"),
+        ({"accumulator_device": "meta"}, "accumulator_device must be parameters, or a device"),
+    ],
+)
+def test_meaningless_accumulators_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        ImportanceOptions(**options)
+
+
+def test_accumulators_on_a_named_device_are_the_same_there():
+    steps = random_steps()
+    beside, named = accumulated(steps), accumulated(steps, accumulator_device="cpu")
+    assert (beside.is_as_parameters, named.is_as_parameters) == (True, False)
+    for name, value in beside.state_dict().items():
+        assert torch.equal(named.state_dict()[name], value)
+
+
+def test_groups_spread_over_threads_give_the_same_bits(monkeypatch):
+    monkeypatch.setattr(grouping, "CPU_GROUP_NUMEL", 8)
+    steps = random_steps()
+    alone = accumulated(steps)
+    together = ImportanceAccumulator(dict(zip(SHAPES, steps[0][0], strict=True)))
+    with ThreadPoolExecutor(3) as pool:
+        for weights, gradients in steps:
+            trained = [weight.requires_grad_() for weight in weights]
+            assert together.update(trained, gradients, spread=pool.map)
+    for name, value in alone.state_dict().items():
+        assert torch.equal(together.state_dict()[name], value)

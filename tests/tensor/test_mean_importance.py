@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kifmerge.tensor import importance
+from kifmerge.tensor import grouping
 from kifmerge.tensor.importance import (
     ImportanceAccumulator,
     ImportanceOptions,
@@ -75,7 +75,7 @@ def test_group_size_changes_nothing(limit, kind):
     weights, batches = random_batches(3)
     whole = accumulated(weights, batches, kind)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(importance, "CPU_GROUP_NUMEL", limit)
+        patched.setattr(grouping, "CPU_GROUP_NUMEL", limit)
         cut = accumulated(weights, batches, kind)
     assert all(torch.equal(whole.mean[name], cut.mean[name]) for name in SHAPES)
 
@@ -145,7 +145,7 @@ class TestOneGradientAtATime:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("limit", [5, 1 << 17])
     def test_is_the_same_as_all_at_once_bit_for_bit(self, make, kind, dtype, limit, monkeypatch):
-        monkeypatch.setattr(importance, "CPU_GROUP_NUMEL", limit)
+        monkeypatch.setattr(grouping, "CPU_GROUP_NUMEL", limit)
         weights, batches = random_batches(4, dtype=dtype)
         batches[2][1] = None
         whole, single = make(weights, kind), make(weights, kind)
@@ -162,7 +162,7 @@ class TestOneGradientAtATime:
     @pytest.mark.parametrize("limit", [2, 1 << 17])
     @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
     def test_a_gradient_that_is_not_finite_is_told(self, make, bad, limit, monkeypatch):
-        monkeypatch.setattr(importance, "CPU_GROUP_NUMEL", limit)
+        monkeypatch.setattr(grouping, "CPU_GROUP_NUMEL", limit)
         weights, [gradients] = random_batches(1)
         accumulator = make(weights, "first")
         accumulator.begin()
@@ -192,7 +192,7 @@ class TestOneGradientAtATime:
 
     @pytest.mark.parametrize("limit", [5, 1 << 17])
     def test_parameters_need_not_be_contiguous(self, make, limit, monkeypatch):
-        monkeypatch.setattr(importance, "CPU_GROUP_NUMEL", limit)
+        monkeypatch.setattr(grouping, "CPU_GROUP_NUMEL", limit)
         weight, gradient = torch.randn(5, 7).T, torch.randn(7, 5)
         accumulator = make([weight, *random_batches(1)[0][1:]], "first")
         accumulator.begin()

@@ -1,0 +1,116 @@
+"""The benchmarks run, at sizes that measure nothing, and hold what they print."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parent / "bench"
+SIZE = 0.004  # GB
+LONG = ("training_cost.py", "chain_cost.py", "importance_memory.py", "plan_error.py")
+
+pytestmark = pytest.mark.slow
+
+
+def run(script, *words, fails=False):
+    done = subprocess.run(
+        [sys.executable, BENCH / script, *map(str, words)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=BENCH.parents[1],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert bool(done.returncode) == fails, done.stderr
+    return done.stderr if fails else done.stdout
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """Inputs of all benchmarks, which use each other's."""
+    return tmp_path_factory.mktemp("work")
+
+
+def results(path):
+    """What a benchmark has written, with date and machine."""
+    content = json.loads(path.read_text())
+    assert content["date"][:2] == "20"
+    assert content["machine"]["cores"] >= 1
+    assert content["versions"]["kifmerge"]
+    return content
+
+
+def test_merge_cost(work):
+    shape = ("--size", SIZE, "--largest-tensor", "1MB", "--shard-size", "2MB")
+    shown = run("merge_cost.py", "--work", work, *shape, "--rules", "linear", "--repeats", 1)
+    assert "\n| linear " in shown
+    assert "The limit of this machine" in shown
+    found = results(work / "merge-cost.json")
+    (limits,) = found["limits"].values()
+    assert limits["written_bytes"] == pytest.approx(SIZE * 1e9, rel=0.1)
+    assert limits["read_bytes"] > 2 * limits["written_bytes"]
+    assert 0 < limits["least_cpu"] < limits["cpu"]
+    assert set(found["runs"]) == {"cp", "import torch", "linear"}
+
+    # Nobody is compared with a tool that does nothing.
+    (folder,) = work.glob("llama*")
+    words = ("--base", folder / "base", "--model", folder / "model-1", "--model")
+    copied = ("linear", folder / "model-2", *words, folder / "model-2")
+    assert "model-2, unchanged" in run("merge_check.py", *copied, fails=True)
+
+
+def test_growth_cost(work):
+    words = ("--sizes", 0.02, "--counts", 1, "--count-size", 0.02, "--rules", "recurrent-kif")
+    shown = run("growth_cost.py", "--work", work, *words, "--repeats", 1, "--most-runs", 1)
+    assert "recurrent-kif, sizes: wall per GB within 0% of its median" in shown
+    found = results(work / "growth-cost.json")["growth"]["recurrent-kif"]
+    (two,), (one,) = found["sizes"], found["models"]
+    # A base, the models with a mask of a sixteenth each, and what was written.
+    assert two["moved_bytes"] / two["size_bytes"] == pytest.approx(4.1, rel=0.15)
+    assert one["moved_bytes"] / one["size_bytes"] == pytest.approx(3.1, rel=0.15)
+
+
+def test_selection_and_prune_cost(work):
+    words = ("--work", work, "--repeats", 1)
+    shown = run("selection_cost.py", *words, "--scores", 2_000_000)
+    assert "float32: numpy.partition" in shown
+    assert len(results(work / "selection-cost.json")["selection"]) == 8
+    shown = run("prune_cost.py", *words, "--size", SIZE, "--json", work / "prune-cost.json")
+    assert "bfloat16: threshold" in shown
+    assert results(work / "prune-cost.json")["scores"] > 1e6
+
+
+def test_start_cost(work):
+    shown = run("start_cost.py", "--work", work, "--repeats", 1, "--rules", "ties")
+    assert "no merge has imported transformers" in shown
+    assert results(work / "start-cost.json")["over_torch"]["ties"] > 0
+
+
+def test_rule_errors(work):
+    words = ("--work", work, "--size", SIZE, "--largest-tensor", "1MB", "--rules", "linear")
+    run("rule_errors.py", *words, "--models", 2, "--json", work / "errors.json")
+    found = results(work / "errors.json")["errors"]["linear: kifmerge"]
+    assert 0.4 < found["largest"] <= 0.5
+
+
+def test_hub_cost(work):
+    shape = ("--size", SIZE, "--largest-tensor", "1MB", "--shard-size", "2MB")
+    words = ("--work", work, "--only", "one tensor", "--json", work / "hub.json")
+    run("hub_cost.py", *shape, *words)
+    found = results(work / "hub.json")["jobs"]["one tensor"]
+    assert found["needed_bytes"] < found["pulled_bytes"]
+
+
+@pytest.mark.parametrize("script", ["limits.py", "growth_cost.py"])
+def test_examples(script):
+    subprocess.run([sys.executable, "-m", "doctest", script], check=True, cwd=BENCH)
+
+
+@pytest.mark.parametrize("script", LONG)
+def test_the_long_ones_find_what_they_import(script):
+    assert script in run(script, "--help")

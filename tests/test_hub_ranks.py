@@ -1,0 +1,30 @@
+"""Merges of models on the Hub by several ranks: the bytes of one process."""
+
+import faults
+import hub_merges
+import pytest
+import ranked
+from huggingface_hub import close_session
+from test_hub_merge import KINDS
+
+pytestmark = pytest.mark.slow  # hundreds of requests
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    hub_merges.be_small(monkeypatch)
+
+
+@pytest.mark.parametrize("kind", ["snapshots", "ties"])
+@pytest.mark.parametrize("fetch", ["auto", "download", "stream"])
+def test_bytes_of_one_process(tmp_path, hub, kind, fetch):
+    published = KINDS[kind](tmp_path, hub)
+    close_session()  # a connection is not to be forked
+    arguments = [*published.arguments(), "--fetch", fetch, "--out", tmp_path / "out"]
+    told = ranked.command(2, arguments)
+    assert [said.code for said in told] == [0, 0], told
+    assert told[1].err == ""
+    if fetch == "download":  # each file came once, whichever rank asked for it
+        assert published.pulled() < 1.2 * published.weight_bytes()
+    assert published.run(tmp_path / "alone", "--fetch", fetch).code == 0
+    assert faults.content(tmp_path / "out") == faults.content(tmp_path / "alone")

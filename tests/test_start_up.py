@@ -1,0 +1,41 @@
+"""What a merge does not import: it would take longer than the merge."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import merges
+import pytest
+
+PROGRAM = """
+import sys
+from kifmerge.cli import app
+try:
+    app(sys.argv[1:])
+except SystemExit as end:
+    assert not end.code, end
+assert "torch" in sys.modules
+print(*{"transformers", "tokenizers", "peft", "accelerate"} & sys.modules.keys())
+"""
+
+
+@pytest.mark.parametrize("command", ["merge", "prune"])
+def test_merge_and_prune_never_import_transformers(tmp_path, command):
+    files = merges.Files(tmp_path).write()
+    for role in ("base", *merges.TWO):
+        (files.folder / role / "tokenizer.json").write_text("{}")
+    if command == "prune":
+        given = ["prune", "--importance", tmp_path / "new-importance"]
+    else:
+        given = ["merge", "--rule", "recurrent-kif", "--base", tmp_path / "base"]
+        for role in merges.TWO:
+            given += [f"--{role}", tmp_path / role]
+            given += [f"--{role}-importance", tmp_path / f"{role}-importance"]
+    words = [str(word) for word in (*given, "--out", tmp_path / "out", "--quiet")]
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *words], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == ""
+    assert (tmp_path / "out").is_dir()
