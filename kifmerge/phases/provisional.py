@@ -7,7 +7,7 @@ score, until all scores have been seen and the threshold is known.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,16 @@ from torch import Tensor
 
 from kifmerge.checkpoint.mask import MaskSink, MaskSource
 from kifmerge.checkpoint.pieces import Piece, Range, pieces, read_piece, split_piece
-from kifmerge.checkpoint.ranks import Ranks
 from kifmerge.checkpoint.source import Source
 from kifmerge.checkpoint.workers import Workers
-from kifmerge.tensor.selection import Bracket, Threshold, count_low_bits, mask_above
+from kifmerge.phases.selection import ScoreStream
+from kifmerge.tensor.selection import (
+    Bracket,
+    Threshold,
+    count_low_bits,
+    importance_bracket,
+    mask_above,
+)
 
 _ASIDE_FILE = "aside"
 _ENTRY = np.dtype([("place", "<i8"), ("score", "<f4")])
@@ -28,44 +34,54 @@ _ENTRY = np.dtype([("place", "<i8"), ("score", "<f4")])
 _MOST_ASIDE_FRACTION = 1 / 32
 
 
-def is_worth_while(bracket: Bracket) -> bool:
-    """Whether few scores would be put aside, and a second pass is needed for them at all."""
-    return not bracket.is_exact and bracket.num_within <= bracket.num_scores * _MOST_ASIDE_FRACTION
+def provisional_marks(
+    scores: Source, important_fraction: float, directory: Path, workers: Workers
+) -> ProvisionalMarks | None:
+    """Mark the important parameters under one threshold for all; None if it would not pay.
+
+    Args:
+        scores: of all parameters, without NaN.
+        important_fraction: share to be found important.
+        directory: an empty folder, which must stay as long as marks are shown.
+        workers: share the passes.
+    """
+    stream = ScoreStream(scores, num_workers=workers.num)
+    bracket = importance_bracket(stream, important_fraction, spread=workers.map)
+    if bracket.num_within > bracket.num_scores * _MOST_ASIDE_FRACTION:
+        return None
+    marks = ProvisionalMarks(scores, bracket, directory)
+    marks.find(workers)
+    return marks
 
 
 class ProvisionalMarks:
-    """Marks of the important ones among some parameters, while they are being found.
+    """Marks of the important parameters, while they are being found.
 
     Args:
         scores: of the parameters, without NaN.
-        names: of the parameters.
-        bracket: of the threshold of all scores, those of other ranks included.
+        bracket: of their threshold.
         directory: an empty folder, which must stay as long as marks are shown.
 
     Attributes:
         threshold: None before :meth:`find`.
     """
 
-    def __init__(
-        self, scores: Source, names: Sequence[str], bracket: Bracket, directory: Path
-    ) -> None:
+    def __init__(self, scores: Source, bracket: Bracket, directory: Path) -> None:
         self._scores = scores
-        self._names = names
         self._bracket = bracket
         self._directory = directory
         # Tensor name -> where scores of its parts were put aside: offset and length in bytes.
-        self._aside: dict[str, list[tuple[Range, int, int]]] = {name: [] for name in names}
+        self._aside: dict[str, list[tuple[Range, int, int]]] = {n: [] for n in scores.names()}
         self.threshold: Threshold | None = None
 
-    def find(self, workers: Workers, ranks: Ranks) -> Threshold:
-        """Read the scores, and find the threshold.
+    def find(self, workers: Workers) -> None:
+        """Read the scores, mark what is beyond the bracket, and find the threshold.
 
         Args:
             workers: share the pass.
-            ranks: do the same for the other parameters.
         """
-        shapes = ((name, self._scores.info(name).shape) for name in self._names)
-        sink = MaskSink(self._directory, shapes, {})
+        names = self._scores.names()
+        sink = MaskSink(self._directory, ((n, self._scores.info(n).shape) for n in names), {})
 
         def mark(piece: Piece) -> tuple[Tensor, list[tuple[Range, Any]]]:
             scores = read_piece(self._scores.read, piece)
@@ -76,15 +92,14 @@ class ProvisionalMarks:
 
         low_counts = count_low_bits(torch.zeros(0, dtype=torch.int32))
         with (self._directory / _ASIDE_FILE).open("wb") as file:
-            for counts, entries_of_parts in workers.map(mark, pieces(self._scores, self._names)):
+            for counts, entries_of_parts in workers.map(mark, pieces(self._scores, names)):
                 low_counts += counts
                 for part, entries in entries_of_parts:
                     self._aside[part.name].append((part, file.tell(), entries.nbytes))
                     file.write(entries.tobytes())
         sink.commit()
-        self.threshold = self._bracket.threshold(ranks.sum(low_counts))
+        self.threshold = self._bracket.threshold(low_counts)
         self._beyond = MaskSource(self._directory)
-        return self.threshold
 
     def show(self, piece: Piece) -> Tensor:
         """Bool for the parameters of a piece: the score exceeds the threshold."""

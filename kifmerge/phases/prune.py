@@ -9,11 +9,14 @@ OUT/checkpoint/                       the pruned checkpoint, where a model and a
 from __future__ import annotations
 
 import importlib.metadata
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+
+from torch import Tensor
 
 from kifmerge.checkpoint.companions import copy_companions
 from kifmerge.checkpoint.folder import Folder
@@ -31,7 +34,7 @@ from kifmerge.checkpoint.ranks import ALONE, Ranks
 from kifmerge.checkpoint.scores import Scores, open_scores
 from kifmerge.checkpoint.shared_folder import shared_whole_folder
 from kifmerge.checkpoint.snapshot import DETAIL_FILE as SNAPSHOT_FILE
-from kifmerge.checkpoint.source import FolderSource, Source
+from kifmerge.checkpoint.source import FolderSource, MemorySource, Source
 from kifmerge.checkpoint.units import UnitSource, read_units
 from kifmerge.checkpoint.workers import Workers, num_processors, worker_pool
 from kifmerge.phases.agreement import open_checkpoint, refuse_other_evidence
@@ -41,15 +44,17 @@ from kifmerge.phases.fetching import settle, tell
 from kifmerge.phases.fuse import OnProgress
 from kifmerge.phases.inputs import states
 from kifmerge.phases.meaning import Difference, check_meaning
+from kifmerge.phases.provisional import provisional_marks
 from kifmerge.phases.prune_files import ShowMask, learn_digests, write_mask, write_pruned
 from kifmerge.phases.prune_plan import PruneNeeds, PrunePlan
 from kifmerge.phases.rules import FusionOptions
-from kifmerge.phases.selection import Marks, mark_important
+from kifmerge.phases.selection import Marks, mark_important, warn_of_equal
 from kifmerge.phases.weights import Nonfinite, Weights
 from kifmerge.tensor.selection import Scope
 from kifmerge.tensor.units import important_units
 
 CHECKPOINT_FOLDER = "checkpoint"
+_PROVISIONAL_FOLDER = "provisional"
 _DEFAULTS = FusionOptions()
 
 
@@ -160,6 +165,7 @@ class Prune:
             base=self._base,
             model=self._model,
             copied=self._model if options.unscored == "model" else self._base,
+            scope=options.scope,
             num_workers=self._num_workers,
         )
         self._settled = settle(self._needs.readings(), write_bytes=self._needs.write_bytes)
@@ -243,11 +249,14 @@ class Prune:
             shared_whole_folder(out_dir, work, ranks, overwrite=overwrite) as temporary,
         ):
             tell(self._settled)
-            mask = self._find_mask(workers, ranks)
+            provisional_dir = temporary / _PROVISIONAL_FOLDER
+            mask = self._find_mask(provisional_dir, workers, ranks)
             if self._model is not None and self._base is not None:
                 self._prune_into(temporary, mask, workers, ranks)
             details = self._details(mask, ranks)
             write_mask(temporary, self._evidence, mask.show, details, workers, ranks, on_progress)
+            if ranks.is_first:
+                shutil.rmtree(provisional_dir, ignore_errors=True)
         return ranks.from_first(lambda: _figures(details)), True
 
     def _find_made(self, out_dir: Path, *, overwrite: bool) -> dict[str, Any] | None:
@@ -257,20 +266,25 @@ class Prune:
             out_dir, DETAIL_FILE, self._made_by(read_hub=False), overwrite=overwrite
         ):
             return _figures(read_details(out_dir / DETAIL_FILE))
-        refuse_full_disk(out_dir, self._needs.write_bytes)
+        refuse_full_disk(out_dir, self._needs.write_bytes + self._needs.provisional_bytes)
         return None
 
-    def _find_mask(self, workers: Workers, ranks: Ranks) -> _Mask:
+    def _find_mask(self, provisional_dir: Path, workers: Workers, ranks: Ranks) -> _Mask:
         if self._scores is None:
             return _Mask(partial(read_piece, self._evidence.read))
-        details = read_details(self._evidence_folder / SNAPSHOT_FILE)
+        scores: Source = FiniteSource(self._scores)
+        role = read_details(self._evidence_folder / SNAPSHOT_FILE).get("role") or "given"
+        fraction = self.options.important_fraction
+        if self._needs.keeps_scores and ranks.size == 1:
+            scores = MemorySource({n: _read_whole(scores, n) for n in scores.names()})
+        elif self.options.scope == "global" and ranks.size == 1:
+            provisional_dir.mkdir()
+            found = provisional_marks(scores, fraction, provisional_dir, workers)
+            if found is not None and found.threshold is not None:
+                warn_of_equal([found.threshold], fraction, role)
+                return _Mask(found.show, {"threshold": found.threshold.value})
         marks = mark_important(
-            FiniteSource(self._scores),
-            self.options.important_fraction,
-            self.options.scope,
-            details.get("role") or "given",
-            workers=workers,
-            ranks=ranks,
+            scores, fraction, self.options.scope, role, workers=workers, ranks=ranks
         )
         return _Mask(marks.show, {"threshold": _threshold(marks)})
 
@@ -332,6 +346,11 @@ class Prune:
                 "kifmerge": importlib.metadata.version("kifmerge"),
             },
         )
+
+
+def _read_whole(source: Source, name: str) -> Tensor:
+    info = source.info(name)
+    return source.read(name, 0, info.numel).view(info.shape)
 
 
 def _threshold(marks: Marks) -> float | dict[str, float]:

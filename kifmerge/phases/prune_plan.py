@@ -13,9 +13,12 @@ from kifmerge.phases.agreement import Checkpoint
 from kifmerge.phases.estimate import PRUNE_NS, SCORE_NS, WRITE_NS, Load, network_load
 from kifmerge.phases.fetching import Reading, Settled
 from kifmerge.phases.selection import counting_bytes
+from kifmerge.tensor.selection import Scope
 
 # What one worker takes for a piece: both models', scores or mask, and what comes of them.
 _PRUNED_BYTES = 6 * CPU_PIECE_BYTES
+# Of scores in float32 that may stay in memory.
+_KEPT_BYTES = 1 << 25
 # Libraries, threads, and what the allocator keeps between pieces.
 _SPARE_BYTES = 24 << 20
 
@@ -60,6 +63,7 @@ class PruneNeeds:
         base: what is not important goes back to; None: only the mask is made.
         model: that is pruned; given with ``base``.
         copied: whose tensors without scores are taken; given with ``base``.
+        scope: of the threshold.
         num_workers: threads; 0: the caller's own.
     """
 
@@ -68,12 +72,35 @@ class PruneNeeds:
     base: Checkpoint | None
     model: Checkpoint | None
     copied: Checkpoint | None
+    scope: Scope
     num_workers: int
 
     @property
+    def keeps_scores(self) -> bool:
+        """Whether scores are so few that they stay in memory."""
+        return self.scores is not None and self._num_parameters * 4 <= _KEPT_BYTES
+
+    @property
     def importance_passes(self) -> int:
-        """Two passes for the threshold, one to mark, one to prune."""
-        return 0 if self.scores is None else 3 + (self.base is not None)
+        """How often scores are read, unless very many of them are nearly the threshold.
+
+        A threshold for each tensor takes two passes, one to mark, and one to prune.
+        """
+        if self.scores is None:
+            return 0
+        if self.keeps_scores:
+            return 1
+        return 2 if self.scope == "global" else 3 + (self.base is not None)
+
+    @property
+    def provisional_bytes(self) -> int:
+        """What marks take on the disk while their threshold is being found: at most, about."""
+        is_provisional = self.importance_passes == 2
+        return self._num_parameters // 2 if is_provisional else 0
+
+    @property
+    def _num_parameters(self) -> int:
+        return sum(self.evidence.info(name).numel for name in self.evidence.names())
 
     @property
     def write_bytes(self) -> int:
@@ -113,11 +140,11 @@ class PruneNeeds:
         infos = [self.evidence.info(name) for name in self.evidence.names()]
         scratch_bytes = max(
             counting_bytes(self.num_workers), max(self.num_workers, 1) * _PRUNED_BYTES
-        )
+        ) + (self._num_parameters * 4 if self.keeps_scores else 0)
         stream_bytes = sum(of_folder.buffer_bytes for of_folder in settled)
         return PrunePlan(
             num_tensors=len(infos),
-            num_parameters=sum(info.numel for info in infos),
+            num_parameters=self._num_parameters,
             importance_passes=self.importance_passes,
             weight_passes=0 if self.base is None else 1,
             read_bytes=self._read_bytes(),

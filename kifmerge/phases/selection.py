@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from functools import partial
 from typing import TypeVar
@@ -140,12 +140,19 @@ def mark_important(
             scores, names, workers, ranks,
         )  # fmt: skip
         thresholds = {name: Threshold(*found[name]) for name in names}
-    if float(important_fraction) > 0 and all(t.is_degenerate for t in thresholds.values()):
+    warn_of_equal(thresholds.values(), important_fraction, role)
+    return Marks(scores, thresholds, None if common is None else common.value)
+
+
+def warn_of_equal(
+    thresholds: Iterable[Threshold], important_fraction: float | str, role: str
+) -> None:
+    """Warn where something was asked for, and nothing is important."""
+    if float(important_fraction) > 0 and all(t.is_degenerate for t in thresholds):
         warnings.warn(
             f"the {role} importance scores are all equal: nothing is found important",
-            stacklevel=2,
+            stacklevel=3,
         )
-    return Marks(scores, thresholds, None if common is None else common.value)
 
 
 def _share(source: Source, names: Sequence[str], ranks: Ranks) -> list[str]:

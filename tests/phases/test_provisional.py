@@ -5,11 +5,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kifmerge.checkpoint.pieces import pieces, read_piece
-from kifmerge.checkpoint.ranks import ALONE
+from kifmerge.checkpoint.pieces import Range, pieces, read_piece
 from kifmerge.checkpoint.source import MemorySource
 from kifmerge.checkpoint.workers import Workers
-from kifmerge.phases.provisional import ProvisionalMarks, is_worth_while
+from kifmerge.phases.provisional import ProvisionalMarks, provisional_marks
 from kifmerge.tensor.selection import importance_bracket, importance_threshold
 
 SIZES = {"a": 1001, "b": 7, "c": 0, "d": 64}
@@ -37,23 +36,35 @@ def test_marks_are_what_exceeds_the_threshold(
 ):
     scores, source = sources(seed, decimals)
     bracket = importance_bracket(list(scores.values()), fraction)
-    marks = ProvisionalMarks(source, list(scores), bracket, tmp_path_factory.mktemp("marks"))
+    marks = ProvisionalMarks(source, bracket, tmp_path_factory.mktemp("marks"))
     workers = Workers(num_workers)
-    threshold = marks.find(workers, ALONE)
+    marks.find(workers)
     workers.close()
+    threshold = marks.threshold
     assert threshold == importance_threshold(list(scores.values()), fraction)
     for piece in pieces(source, source.names(), most_bytes=most_bytes):
         expected = read_piece(source.read, piece) > threshold.value
         assert torch.equal(marks.show(piece), expected)
 
 
-@pytest.mark.parametrize(
-    ("scores", "expected"),
-    [
-        (torch.linspace(0.001, 100, 100_000), True),
-        (torch.full((1000,), 0.5), False),  # all within the bracket
-        (torch.linspace(0.001, 100, 100_000).bfloat16(), False),  # one pass finds the threshold
-    ],
-)
-def test_few_scores_are_put_aside_or_none(scores, expected):
-    assert is_worth_while(importance_bracket([scores], 0.2)) is expected
+class Watched(MemorySource):
+    """How many elements have been read."""
+
+    num_read = 0
+
+    def read(self, name, start, stop):
+        self.num_read += stop - start
+        return super().read(name, start, stop)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_are_read_twice(tmp_path, dtype):
+    scores = Watched({"a": torch.linspace(0.001, 100, 100_001, dtype=dtype)})
+    marks = provisional_marks(scores, 0.2, tmp_path, Workers(0))
+    assert scores.num_read == 2 * 100_001
+    assert marks.show([Range("a", 0, 100_001)]).sum() == marks.threshold.num_above
+
+
+def test_many_scores_near_the_threshold_are_not_put_aside(tmp_path):
+    scores = MemorySource({"a": torch.full((1000,), 0.5)})
+    assert provisional_marks(scores, 0.2, tmp_path, Workers(0)) is None

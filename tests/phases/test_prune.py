@@ -19,10 +19,21 @@ from kifmerge.checkpoint.mask import MaskSource
 from kifmerge.checkpoint.provenance import read_provenance
 from kifmerge.checkpoint.snapshot import read_snapshot, write_snapshot
 from kifmerge.errors import CheckpointError, RunError
+from kifmerge.phases import provisional, prune_plan
 from kifmerge.phases.group import Group, GroupOptions
 from kifmerge.phases.prune import Prune, PruneInputs, PruneOptions
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True, params=["once", "twice", "thrice"])
+def reading(request, monkeypatch):
+    """How often scores are read: those that are few once, and those near the threshold thrice."""
+    if request.param != "once":
+        monkeypatch.setattr(prune_plan, "_KEPT_BYTES", 0)
+        most_aside = {"twice": 1.0, "thrice": -1.0}[request.param]
+        monkeypatch.setattr(provisional, "_MOST_ASIDE_FRACTION", most_aside)
+    return request.param
 
 
 @pytest.fixture
@@ -360,7 +371,9 @@ class TestInputs:
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="only Linux counts bytes")
 @pytest.mark.parametrize("with_model", [False, True])
 @pytest.mark.parametrize("num_unscored", [0, 1])
-def test_plan_counts_what_is_truly_read_and_written(tmp_path, with_model, num_unscored):
+def test_plan_counts_what_is_truly_read_and_written(tmp_path, with_model, num_unscored, reading):
+    if reading == "thrice":
+        pytest.skip("known only when the scores are read")
     shapes = {"a.weight": (700, 301), "b.weight": (500, 300)}
     made = [folders.random_tensors(seed, shapes) for seed in (1, 2)]
     made[1]["b.weight"] = made[1]["b.weight"] if not num_unscored else made[0]["b.weight"]
@@ -384,9 +397,9 @@ def counted():
     return counters["rchar"], counters["wchar"]
 
 
-def test_plan_counts_bytes(importance):
+def test_plan_counts_bytes(importance, reading):
     numel = sum(value.numel() for value in folders.random_tensors(0).values())
     plan = Prune(PruneInputs(importance=importance), PruneOptions()).plan()
     assert plan.num_parameters == numel
-    assert plan.read_bytes == 3 * 8 * numel
+    assert plan.read_bytes == (1 if reading == "once" else 2) * 8 * numel
     assert plan.write_bytes == 5 + 2 + 1 + 0 + 1
