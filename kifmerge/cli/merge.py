@@ -190,7 +190,7 @@ def merge(
         from kifmerge.phases.rebuild import recorded_merge
         from kifmerge.phases.rules import RULES
 
-        folders = opener(fetch, quiet=quiet or not ranks.is_first)
+        folders = opener(fetch, quiet=quiet, ranks=ranks)
         expected = None
         told: dict[str, Any] = {
             "important_fraction": important_fraction,

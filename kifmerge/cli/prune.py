@@ -87,7 +87,7 @@ def prune(
                 allowed=parse_allowed(allow), nonfinite=nonfinite, **given(chosen)
             )
             given_inputs = {"importance": importance, "units": units, "model": model, "base": base}
-            folders = opener(fetch, quiet=quiet or not ranks.is_first)
+            folders = opener(fetch, quiet=quiet, ranks=ranks)
             inputs = PruneInputs(**folders.open_each(given(given_inputs)))
             pruning = Prune(inputs, options, num_workers=workers_of_rank(workers, ranks))
         plan = pruning.plan()

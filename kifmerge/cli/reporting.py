@@ -19,10 +19,18 @@ if TYPE_CHECKING:
     from kifmerge.hub.folder import Fetch
 
 
-def opener(fetch: Fetch, *, quiet: bool) -> Folders:
-    """What opens references; talks on stderr, unless quiet."""
+def opener(fetch: Fetch, *, quiet: bool, ranks: Ranks | None = None) -> Folders:
+    """What opens references; talks on stderr, unless quiet.
+
+    Of several ranks the first alone talks, and what is on the Hub is downloaded: each streams but a
+    part of a file, of which nobody could tell whether it is the repository's.
+    """
     from kifmerge.checkpoint.folder import Folders
 
+    if ranks is not None and ranks.size > 1:
+        if fetch == "stream":
+            raise typer.BadParameter("several processes download: --fetch stream is for one")
+        fetch, quiet = "download", quiet or not ranks.is_first
     if quiet:
         from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 

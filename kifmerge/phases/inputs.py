@@ -340,12 +340,15 @@ class OpenInputs:
         parents = dict.fromkeys(self.inputs.parents.values())
         return [folder for folder in parents if isinstance(folder, HubFolder)]
 
-    def fetch_alike(self, ranks: Ranks) -> None:
-        """Read what is on the Hub as the first rank has chosen to."""
-        folders = self._hub_folders
-        told = ranks.from_first(lambda: [(f.fetch, f.shelf.block_bytes) for f in folders])
-        for folder, (fetch, block_bytes) in zip(folders, told, strict=True):
-            folder.fetch, folder.shelf.block_bytes = fetch, block_bytes
+    def refuse_shared_streams(self, ranks: Ranks) -> None:
+        """Refuse that several ranks stream: no part of a file can be compared with its hash.
+
+        Raises:
+            ValueError: they would.
+        """
+        streamed = [str(folder) for folder in self._hub_folders if folder.fetch != "download"]
+        if streamed and ranks.size > 1:
+            raise ValueError(f"several processes download: {', '.join(streamed)} is streamed")
 
     @property
     def unchecked_files(self) -> list[str]:

@@ -216,6 +216,7 @@ class Merge:
             out = LocalDestination(path=out, resume=resume, overwrite=overwrite, ranks=ranks)
         if ranks.size > 1 and out.repository is not None:
             raise ValueError("a repository is made by one process: several make a folder")
+        self._open.refuse_shared_streams(ranks)
         out.refuse_inputs(self.inputs.parents.values())
         made = ranks.from_first(partial(out.find_made, PROVENANCE_FILE, self._known_made_by))
         if made is not None:
@@ -227,7 +228,6 @@ class Merge:
             "kifmerge": importlib.metadata.version("kifmerge"),
         }
         with out.begin(description) as work:
-            self._open.fetch_alike(ranks)
             tell(self._settled)
             with worker_pool(self._num_workers) as workers:
                 figures, records = fuse_files(
