@@ -30,6 +30,7 @@ from kifmerge.cli.options import (
 from kifmerge.cli.output import print_plan
 from kifmerge.cli.reporting import (
     as_usage,
+    collecting_seldom,
     opener,
     print_result,
     ranks_of_command,
@@ -183,7 +184,7 @@ def merge(
 ) -> None:
     """Fuse checkpoints: new with historical knowledge, or any number, by what matters to each."""
     rates = parse_rates(disk_rate, network_rate, dry_run=dry_run)
-    with ranks_of_command(dry_run=dry_run) as ranks:
+    with collecting_seldom(), ranks_of_command(dry_run=dry_run) as ranks:
         from kifmerge.checkpoint.device import find_device
         from kifmerge.phases.inputs import MergeInputs
         from kifmerge.phases.merge import Merge, MergeOptions

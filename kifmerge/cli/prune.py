@@ -27,6 +27,7 @@ from kifmerge.cli.options import (
 from kifmerge.cli.output import print_plan
 from kifmerge.cli.reporting import (
     as_usage,
+    collecting_seldom,
     opener,
     print_result,
     ranks_of_command,
@@ -70,7 +71,7 @@ def prune(
 ) -> None:
     """Mark the important parameters of a model: a mask, and the model with only those changed."""
     rates = parse_rates(disk_rate, network_rate, dry_run=dry_run)
-    with ranks_of_command(dry_run=dry_run) as ranks:
+    with collecting_seldom(), ranks_of_command(dry_run=dry_run) as ranks:
         from kifmerge.phases.prune import Prune, PruneInputs, PruneOptions
 
         with as_usage():
