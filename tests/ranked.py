@@ -1,4 +1,4 @@
-"""Ranks: several processes that share a merge, forked here, as torchrun would start them."""
+"""Ranks: several processes that share a work, forked here as torchrun would, or started by it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import contextlib
 import io
 import os
 import socket
+import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import faults
@@ -17,6 +19,7 @@ from kifmerge import cli
 from kifmerge.checkpoint import joined_ranks, ranks, shared_folder, watch
 from kifmerge.checkpoint.ranks import Ranks
 
+TESTS = Path(__file__).parent
 # rank, and what sends a line of JSON to the test.
 Say = Callable[[Any], None]
 
@@ -122,3 +125,18 @@ def told_once(told: Sequence[Said]) -> str:
     """What stderr got from the only rank that wrote to it."""
     (err,) = [said.err for said in told if said.err]
     return err
+
+
+def torchrun(
+    folder: Path, *arguments: object, num_ranks: int = 2
+) -> subprocess.CompletedProcess[str]:
+    """Call something under PyTorch's own launcher, in a folder."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone",
+        "--nproc-per-node", str(num_ranks), *map(str, arguments),
+    ]  # fmt: skip
+    paths = os.pathsep.join([str(TESTS), str(TESTS.parent)])
+    return subprocess.run(
+        command, cwd=folder, env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip

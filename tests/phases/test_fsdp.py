@@ -1,13 +1,10 @@
 """The recurrent rounds under ``fully_shard`` (FSDP2): two processes on the CPU, through gloo."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import fsdp_script
 import pytest
+import ranked
 import safetensors.torch
 import tiny
 import torch
@@ -17,8 +14,6 @@ from transformers import AutoModelForCausalLM
 from kifmerge.checkpoint.snapshot import read_snapshot
 from kifmerge.checkpoint.source import FolderSource
 from kifmerge.phases.importance import write_accumulator
-
-TESTS = Path(__file__).parents[1]
 
 
 class Group:
@@ -37,15 +32,7 @@ class Group:
 @pytest.fixture(scope="module")
 def group(tmp_path_factory):
     out = tmp_path_factory.mktemp("group")
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        fsdp_script.__file__, str(out),
-    ]  # fmt: skip
-    paths = os.pathsep.join([str(TESTS), str(TESTS.parent)])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
+    done = ranked.torchrun(out, fsdp_script.__file__, out)
     assert done.returncode == 0, done.stderr[-4000:]
     return Group(out)
 

@@ -1,13 +1,10 @@
 """The recurrent loop under torchrun: two processes on the CPU, talking through gloo."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import ranked
 import safetensors.torch
 import tiny
 import torch
@@ -17,8 +14,6 @@ from torchrun_script import MODELS, SPLIT, split_run
 from kifmerge.errors import TrainingError
 from kifmerge.phases.loop import MemoryBatches, share_of_rank
 from kifmerge.phases.trainer import refuse_sharded
-
-TESTS = Path(__file__).parents[1]
 
 
 class Group:
@@ -45,15 +40,7 @@ class Group:
 @pytest.fixture(scope="module")
 def group(tmp_path_factory):
     out = tmp_path_factory.mktemp("group")
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        torchrun_script.__file__, str(out),
-    ]  # fmt: skip
-    paths = os.pathsep.join([str(TESTS), str(TESTS.parent)])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
+    done = ranked.torchrun(out, torchrun_script.__file__, out)
     assert done.returncode == 0, done.stderr[-4000:]
     return Group(out)
 

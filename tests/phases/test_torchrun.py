@@ -1,7 +1,6 @@
 """The commands that share their work under PyTorch's own launcher, on the CPU."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +21,6 @@ from kifmerge.phases.model import ModelOptions
 from kifmerge.phases.scratch import make_base
 from kifmerge.phases.tokenizer import TokenizerOptions
 
-TESTS = Path(__file__).parents[1]
 MODEL = ModelOptions(
     kind="causal-lm",
     config={
@@ -31,19 +29,6 @@ MODEL = ModelOptions(
     },
     tokenizer=TokenizerOptions(kind="bytes", vocabulary_size=280),
 )  # fmt: skip
-
-
-def torchrun(folder, *arguments, num_ranks=2):
-    """Call something with so many ranks, in a folder."""
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone",
-        "--nproc-per-node", str(num_ranks), *map(str, arguments),
-    ]  # fmt: skip
-    paths = os.pathsep.join([str(TESTS), str(TESTS.parent)])
-    return subprocess.run(
-        command, cwd=folder, env={**os.environ, "PYTHONPATH": paths}, capture_output=True,
-        text=True, timeout=300, check=False,
-    )  # fmt: skip
 
 
 def merge(new):
@@ -59,7 +44,7 @@ def test_merge(tmp_path):
     alone = subprocess.run(
         [sys.executable, *command, "alone"], cwd=tmp_path, capture_output=True, check=True
     )
-    done = torchrun(tmp_path, *command, "out")
+    done = ranked.torchrun(tmp_path, *command, "out")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {**json.loads(alone.stdout), "out": "out"}
     assert faults.content(tmp_path / "out") == faults.content(tmp_path / "alone")
@@ -71,7 +56,7 @@ def test_error_is_told_once(tmp_path):
     files = Files(tmp_path).write(torch.bfloat16, shards=(3, 2, 1), shapes=merges.VARIED)
     state = {**files.states[1], "e.weight": torch.full((33,), float("inf"), dtype=torch.bfloat16)}
     folders.save(tmp_path / "bad", state)
-    done = torchrun(tmp_path, *merge("bad"), "--out", "out")
+    done = ranked.torchrun(tmp_path, *merge("bad"), "--out", "out")
     assert done.returncode == 1  # torchrun's own
     assert done.stdout == ""
     (told,) = [line for line in done.stderr.splitlines() if line.startswith("kifmerge: ")]
@@ -90,7 +75,7 @@ def test_importance(tmp_path, monkeypatch):
     synthetic.write_rows(tmp_path / "rows.jsonl", data)
     command = ["importance", "--model", "model", "--data", "rows.jsonl", "--batch-size", 2]
     script = Path(importance_script.__file__)
-    done = torchrun(tmp_path, script, *command, "--out", "shared", "--json")
+    done = ranked.torchrun(tmp_path, script, *command, "--out", "shared", "--json")
     assert done.returncode == 0, done.stderr
     monkeypatch.setattr(
         LlamaForCausalLM,
