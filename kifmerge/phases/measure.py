@@ -267,8 +267,8 @@ def write_measurement(
     options = measurement.options
     smoothing: dict[str, Any] = {"sensitivity": options.sensitivity}
     if options.average == "ema":
-        smoothing = asdict(ImportanceOptions(sensitivity=options.sensitivity))
-        del smoothing["weights"]  # before or after a step: none was made
+        smoothed = asdict(ImportanceOptions(sensitivity=options.sensitivity))
+        smoothing = {name: smoothed[name] for name in ("sensitivity", "score", "betas")}
     write_snapshot(
         directory,
         measurement.tensors,

@@ -387,8 +387,9 @@ def test_plan_counts_what_is_truly_read_and_written(tmp_path, with_model, num_un
     plan, before = pruning.plan(), counted()
     pruning.run(tmp_path / "out")
     read, written = (after - earlier for after, earlier in zip(counted(), before, strict=True))
-    assert plan.read_bytes <= read <= plan.read_bytes + 120_000
-    assert plan.write_bytes <= written <= plan.write_bytes + 120_000
+    # Headers, JSON and provisional marks; one pass more would be millions.
+    assert plan.read_bytes <= read <= plan.read_bytes + 300_000
+    assert plan.write_bytes <= written <= plan.write_bytes + 300_000
 
 
 def counted():
