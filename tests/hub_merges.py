@@ -276,11 +276,15 @@ class Watched:
 def temporary_bytes() -> int:
     """Of the tensors that merges have on the disk before they are sent."""
     num_bytes = 0
-    for path in Path(tempfile.gettempdir()).glob("kifmerge-*/**/*.safetensors"):
-        with contextlib.suppress(FileNotFoundError):
-            with path.open("rb") as stream:
-                header = stream.read(8)
-            num_bytes += path.stat().st_size - 8 - int.from_bytes(header, "little")
+    # Files and folders may go while they are looked at: os.walk passes over those.
+    tops = [name for name in os.listdir(tempfile.gettempdir()) if name.startswith("kifmerge-")]
+    for top in tops:
+        for folder, _, names in os.walk(Path(tempfile.gettempdir(), top)):
+            for path in (Path(folder, name) for name in names if name.endswith(".safetensors")):
+                with contextlib.suppress(FileNotFoundError):
+                    with path.open("rb") as stream:
+                        header = stream.read(8)
+                    num_bytes += path.stat().st_size - 8 - int.from_bytes(header, "little")
     return num_bytes
 
 

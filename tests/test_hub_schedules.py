@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 CHUNK = 20
-NUM_SCHEDULES = 200
+NUM_SCHEDULES = 100
 
 
 @pytest.fixture
