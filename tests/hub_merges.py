@@ -277,9 +277,8 @@ def temporary_bytes() -> int:
     """Of the tensors that merges have on the disk before they are sent."""
     num_bytes = 0
     # Files and folders may go while they are looked at: os.walk passes over those.
-    tops = [name for name in os.listdir(tempfile.gettempdir()) if name.startswith("kifmerge-")]
-    for top in tops:
-        for folder, _, names in os.walk(Path(tempfile.gettempdir(), top)):
+    for top in Path(tempfile.gettempdir()).glob("kifmerge-*"):
+        for folder, _, names in os.walk(top):
             for path in (Path(folder, name) for name in names if name.endswith(".safetensors")):
                 with contextlib.suppress(FileNotFoundError):
                     with path.open("rb") as stream:
