@@ -19,7 +19,7 @@ from torch import Tensor
 from kifmerge.checkpoint.atomic import whole_file, write_json
 from kifmerge.checkpoint.header import TensorInfo, bytes_of, header_of
 from kifmerge.checkpoint.ranks import Ranks, shares
-from kifmerge.checkpoint.source import FolderSource, index_name
+from kifmerge.checkpoint.source import FolderSource, index_name, read_whole
 from kifmerge.errors import CheckpointError, problem_list
 
 # Of a file: what is smaller is not worth another.
@@ -171,8 +171,7 @@ class KeptTensors(Mapping[str, Tensor]):
     def __getitem__(self, key: str) -> Tensor:
         if key not in self._names:
             raise KeyError(key)
-        info = self._source.info(key)
-        return self._source.read(key, 0, info.numel).view(info.shape)
+        return read_whole(self._source, key)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

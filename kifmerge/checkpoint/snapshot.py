@@ -23,7 +23,7 @@ from kifmerge.checkpoint.gathering import Part, write_parts, write_tensor
 from kifmerge.checkpoint.header import TensorInfo, header_of
 from kifmerge.checkpoint.provenance import check_format, read_details
 from kifmerge.checkpoint.ranks import Ranks
-from kifmerge.checkpoint.source import FolderSource, index_name
+from kifmerge.checkpoint.source import FolderSource, index_name, read_whole
 from kifmerge.errors import CheckpointError
 from kifmerge.tensor.importance import Score, score
 
@@ -67,8 +67,7 @@ class Snapshot:
                 yield name, score(sensitivity, self._tensor(f"uncertainty/{name}"), kind)
 
     def _tensor(self, key: str) -> Tensor:
-        info = self.source.info(key)
-        return self.source.read(key, 0, info.numel).view(info.shape)
+        return read_whole(self.source, key)
 
 
 def write_snapshot(

@@ -29,7 +29,7 @@ from kifmerge.checkpoint.header import PlacedTensor, TensorInfo, bytes_of, read_
 from kifmerge.checkpoint.provenance import read_details
 from kifmerge.errors import CheckpointError, problem_list
 
-__all__ = ["FolderSource", "MemorySource", "Source", "TensorInfo", "open_source"]
+__all__ = ["FolderSource", "MemorySource", "Source", "TensorInfo", "open_source", "read_whole"]
 
 MODEL_STEM = "model"
 ADAPTER_STEM = "adapter_model"
@@ -235,6 +235,12 @@ class FolderSource:
             return self._placed[name]
         except KeyError:
             raise CheckpointError(f"{self.directory} holds no tensor {name}") from None
+
+
+def read_whole(source: Source, name: str) -> Tensor:
+    """A tensor in its shape."""
+    info = source.info(name)
+    return source.read(name, 0, info.numel).view(info.shape)
 
 
 def open_source(folder: Folder | str) -> FolderSource:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from kifmerge.checkpoint.scores import Scores
 from kifmerge.checkpoint.sink import MemorySink
-from kifmerge.checkpoint.source import MemorySource, Source, open_source
+from kifmerge.checkpoint.source import MemorySource, Source, open_source, read_whole
 from kifmerge.checkpoint.units import Units, UnitSource, read_units
 from kifmerge.errors import CheckpointError, TrainingError
 from kifmerge.phases.evidence import evidence_from_units
@@ -194,13 +194,12 @@ def _in_shape(source: Source, live: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a checkpoint; where the live one has gained rows, those are its own."""
     found = {}
     for name, value in live.items():
-        info = source.info(name)
-        kept = source.read(name, 0, info.numel).view(info.shape).to(value)
+        kept = read_whole(source, name).to(value)
         if kept.shape != value.shape:
             if kept.shape[1:] != value.shape[1:] or len(kept) > len(value):
                 raise CheckpointError(
                     f"{source.where(name)}: {name}: expected {list(value.shape)}, or fewer rows, "
-                    f"found {list(info.shape)}"
+                    f"found {list(kept.shape)}"
                 )
             kept = torch.cat([kept, value[len(kept) :]])
         found[name] = kept

@@ -19,12 +19,10 @@ from kifmerge.checkpoint.mask import MaskSink, MaskSource
 from kifmerge.checkpoint.pieces import Piece, Range, pieces, read_piece, split_piece
 from kifmerge.checkpoint.source import Source
 from kifmerge.checkpoint.workers import Workers
-from kifmerge.phases.selection import ScoreStream
 from kifmerge.tensor.selection import (
     Bracket,
     Threshold,
     count_low_bits,
-    importance_bracket,
     mask_above,
 )
 
@@ -34,24 +32,9 @@ _ENTRY = np.dtype([("place", "<i8"), ("score", "<f4")])
 _MOST_ASIDE_FRACTION = 1 / 32
 
 
-def provisional_marks(
-    scores: Source, important_fraction: float, directory: Path, workers: Workers
-) -> ProvisionalMarks | None:
-    """Mark the important parameters under one threshold for all; None if it would not pay.
-
-    Args:
-        scores: of all parameters, without NaN.
-        important_fraction: share to be found important.
-        directory: an empty folder, which must stay as long as marks are shown.
-        workers: share the passes.
-    """
-    stream = ScoreStream(scores, num_workers=workers.num)
-    bracket = importance_bracket(stream, important_fraction, spread=workers.map)
-    if bracket.num_within > bracket.num_scores * _MOST_ASIDE_FRACTION:
-        return None
-    marks = ProvisionalMarks(scores, bracket, directory)
-    marks.find(workers)
-    return marks
+def is_worth_while(bracket: Bracket) -> bool:
+    """Whether so few scores lie within a bracket that they are better put aside."""
+    return bracket.num_within <= bracket.num_scores * _MOST_ASIDE_FRACTION
 
 
 class ProvisionalMarks:
@@ -74,7 +57,7 @@ class ProvisionalMarks:
         self._aside: dict[str, list[tuple[Range, int, int]]] = {n: [] for n in scores.names()}
         self.threshold: Threshold | None = None
 
-    def find(self, workers: Workers) -> None:
+    def find(self, workers: Workers) -> Threshold:
         """Read the scores, mark what is beyond the bracket, and find the threshold.
 
         Args:
@@ -100,6 +83,7 @@ class ProvisionalMarks:
         sink.commit()
         self.threshold = self._bracket.threshold(low_counts)
         self._beyond = MaskSource(self._directory)
+        return self.threshold
 
     def show(self, piece: Piece) -> Tensor:
         """Bool for the parameters of a piece: the score exceeds the threshold."""

@@ -16,8 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor
-
 from kifmerge.checkpoint.companions import copy_companions
 from kifmerge.checkpoint.folder import Folder
 from kifmerge.checkpoint.journal import refuse_full_disk
@@ -34,7 +32,7 @@ from kifmerge.checkpoint.ranks import ALONE, Ranks
 from kifmerge.checkpoint.scores import Scores, open_scores
 from kifmerge.checkpoint.shared_folder import shared_whole_folder
 from kifmerge.checkpoint.snapshot import DETAIL_FILE as SNAPSHOT_FILE
-from kifmerge.checkpoint.source import FolderSource, MemorySource, Source
+from kifmerge.checkpoint.source import FolderSource, MemorySource, Source, read_whole
 from kifmerge.checkpoint.units import UnitSource, read_units
 from kifmerge.checkpoint.workers import Workers, num_processors, worker_pool
 from kifmerge.phases.agreement import open_checkpoint, refuse_other_evidence
@@ -44,13 +42,13 @@ from kifmerge.phases.fetching import settle, tell
 from kifmerge.phases.fuse import OnProgress
 from kifmerge.phases.inputs import states
 from kifmerge.phases.meaning import Difference, check_meaning
-from kifmerge.phases.provisional import provisional_marks
+from kifmerge.phases.provisional import ProvisionalMarks, is_worth_while
 from kifmerge.phases.prune_files import ShowMask, learn_digests, write_mask, write_pruned
 from kifmerge.phases.prune_plan import PruneNeeds, PrunePlan
 from kifmerge.phases.rules import FusionOptions
-from kifmerge.phases.selection import Marks, mark_important, warn_of_equal
+from kifmerge.phases.selection import Marks, ScoreStream, mark_important, warn_of_equal
 from kifmerge.phases.weights import Nonfinite, Weights
-from kifmerge.tensor.selection import Scope
+from kifmerge.tensor.selection import Scope, importance_bracket
 from kifmerge.tensor.units import important_units
 
 CHECKPOINT_FOLDER = "checkpoint"
@@ -275,17 +273,22 @@ class Prune:
         scores: Source = FiniteSource(self._scores)
         role = read_details(self._evidence_folder / SNAPSHOT_FILE).get("role") or "given"
         fraction = self.options.important_fraction
+        bracket = None
         if self._needs.keeps_scores and ranks.size == 1:
-            scores = MemorySource({n: _read_whole(scores, n) for n in scores.names()})
+            scores = MemorySource({name: read_whole(scores, name) for name in scores.names()})
         elif self.options.scope == "global" and ranks.size == 1:
-            provisional_dir.mkdir()
-            found = provisional_marks(scores, fraction, provisional_dir, workers)
-            if found is not None and found.threshold is not None:
-                warn_of_equal([found.threshold], fraction, role)
-                return _Mask(found.show, {"threshold": found.threshold.value})
+            stream = ScoreStream(scores, num_workers=workers.num)
+            bracket = importance_bracket(stream, fraction, spread=workers.map)
+            if is_worth_while(bracket):
+                provisional_dir.mkdir()
+                provisional = ProvisionalMarks(scores, bracket, provisional_dir)
+                threshold = provisional.find(workers)
+                warn_of_equal([threshold], fraction, role)
+                return _Mask(provisional.show, {"threshold": threshold.value})
         marks = mark_important(
-            scores, fraction, self.options.scope, role, workers=workers, ranks=ranks
-        )
+            scores, fraction, self.options.scope, role,
+            workers=workers, ranks=ranks, bracket=bracket,
+        )  # fmt: skip
         return _Mask(marks.show, {"threshold": _threshold(marks)})
 
     def _details(self, mask: _Mask, ranks: Ranks) -> dict[str, Any]:
@@ -346,11 +349,6 @@ class Prune:
                 "kifmerge": importlib.metadata.version("kifmerge"),
             },
         )
-
-
-def _read_whole(source: Source, name: str) -> Tensor:
-    info = source.info(name)
-    return source.read(name, 0, info.numel).view(info.shape)
 
 
 def _threshold(marks: Marks) -> float | dict[str, float]:

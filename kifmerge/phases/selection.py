@@ -19,12 +19,15 @@ from kifmerge.checkpoint.source import Source
 from kifmerge.checkpoint.workers import Workers
 from kifmerge.tensor.fusion import normalise, score_bounds
 from kifmerge.tensor.selection import (
+    Bracket,
     Scope,
     Threshold,
     compare,
+    importance_bracket,
     importance_threshold,
     kth_smallest,
     mask_above,
+    threshold_in,
 )
 
 _Found = TypeVar("_Found")
@@ -105,6 +108,7 @@ def mark_important(
     *,
     workers: Workers | None = None,
     ranks: Ranks = ALONE,
+    bracket: Bracket | None = None,
 ) -> Marks:
     """Find the exact thresholds of one side, in two passes; warns when nothing is important.
 
@@ -115,6 +119,7 @@ def mark_important(
         role: what the warning calls the scores: new, historical.
         workers: share the passes.
         ranks: share them too, tensor by tensor.
+        bracket: of one threshold for all, where the first pass has been made.
 
     Raises:
         ValueError: no scores, or NaN among them.
@@ -125,9 +130,11 @@ def mark_important(
     if scope == "global":
         names = _share(scores, scores.names(), ranks)
         stream = ScoreStream(scores, names, num_workers=workers.num)
-        common = importance_threshold(
-            stream, important_fraction, reduce_counts=ranks.sum, spread=workers.map
-        )
+        if bracket is None:
+            bracket = importance_bracket(
+                stream, important_fraction, reduce_counts=ranks.sum, spread=workers.map
+            )
+        common = threshold_in(bracket, stream, reduce_counts=ranks.sum, spread=workers.map)
         thresholds = dict.fromkeys(scores.names(), common)
     else:
         names = [name for name in scores.names() if scores.info(name).numel]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -13,7 +12,7 @@ from kifmerge.checkpoint.ranks import Ranks
 from kifmerge.checkpoint.source import Source
 from kifmerge.checkpoint.workers import Workers
 from kifmerge.phases.evidence import Evidence, ShowPiece
-from kifmerge.phases.selection import Marks, ScoreStream
+from kifmerge.phases.selection import Marks, ScoreStream, warn_of_equal
 from kifmerge.tensor.selection import Threshold, importance_threshold
 
 
@@ -79,11 +78,7 @@ def marks_of_shards(
                 reduce_counts=holders.sum,
                 spread=workers.map,
             )
-        if important_fraction > 0 and all(found.is_degenerate for found in thresholds.values()):
-            warnings.warn(
-                f"the {role} importance scores are all equal: nothing is found important",
-                stacklevel=2,
-            )
+        warn_of_equal(thresholds.values(), important_fraction, role)
         shows.append(_shown_by(Marks(source, thresholds, None)))
     return Evidence(shows=shows)
 

@@ -104,7 +104,7 @@ def importance_threshold(
     bracket = importance_bracket(
         scores, important_fraction, reduce_counts=reduce_counts, spread=spread
     )
-    return bracket.threshold(_lower_counts(scores, bracket, reduce_counts, spread))
+    return threshold_in(bracket, scores, reduce_counts=reduce_counts, spread=spread)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +172,17 @@ def importance_bracket(
     )
 
 
+def threshold_in(
+    bracket: Bracket,
+    scores: Iterable[Part],
+    *,
+    reduce_counts: CountReduction | None = None,
+    spread: Spread = map,
+) -> Threshold:
+    """The threshold that a bracket of these scores holds; a second pass, where one is needed."""
+    return bracket.threshold(_lower_counts(scores, bracket, reduce_counts, spread))
+
+
 def count_low_bits(low_bits: Tensor) -> Tensor:
     """How many of some scores in a bracket have which lower bits, for :meth:`Bracket.threshold`."""
     return torch.bincount(low_bits, minlength=_NUM_BUCKETS)
@@ -219,7 +230,7 @@ def kth_smallest(
         return rank
 
     bracket = _bracket(scores, checked, reduce_counts, spread)
-    return bracket.threshold(_lower_counts(scores, bracket, reduce_counts, spread)).value
+    return threshold_in(bracket, scores, reduce_counts=reduce_counts, spread=spread).value
 
 
 def _count(

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from kifmerge.checkpoint.pieces import Range, pieces, read_piece
 from kifmerge.checkpoint.source import MemorySource
 from kifmerge.checkpoint.workers import Workers
-from kifmerge.phases.provisional import ProvisionalMarks, provisional_marks
+from kifmerge.phases.provisional import ProvisionalMarks, is_worth_while
+from kifmerge.phases.selection import ScoreStream, mark_important
 from kifmerge.tensor.selection import importance_bracket, importance_threshold
 
 SIZES = {"a": 1001, "b": 7, "c": 0, "d": 64}
@@ -60,11 +61,18 @@ class Watched(MemorySource):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scores_are_read_twice(tmp_path, dtype):
     scores = Watched({"a": torch.linspace(0.001, 100, 100_001, dtype=dtype)})
-    marks = provisional_marks(scores, 0.2, tmp_path, Workers(0))
+    bracket = importance_bracket(ScoreStream(scores), 0.2)
+    assert is_worth_while(bracket)
+    marks = ProvisionalMarks(scores, bracket, tmp_path)
+    marks.find(Workers(0))
     assert scores.num_read == 2 * 100_001
     assert marks.show([Range("a", 0, 100_001)]).sum() == marks.threshold.num_above
 
 
-def test_many_scores_near_the_threshold_are_not_put_aside(tmp_path):
-    scores = MemorySource({"a": torch.full((1000,), 0.5)})
-    assert provisional_marks(scores, 0.2, tmp_path, Workers(0)) is None
+def test_many_scores_near_the_threshold_are_not_put_aside():
+    scores = Watched({"a": torch.full((1000,), 0.5)})
+    bracket = importance_bracket(ScoreStream(scores), 0.2)
+    assert not is_worth_while(bracket)
+    with pytest.warns(UserWarning, match="all equal"):
+        mark_important(scores, 0.2, "global", "new", bracket=bracket)
+    assert scores.num_read == 2 * 1000
