@@ -11,32 +11,32 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kifmerge.checkpoint.snapshot import Snapshot, read_snapshot
     from kifmerge.errors import KifmergeError
-    from kifmerge.phases.gathered import write_checkpoint
-    from kifmerge.phases.importance import ImportanceCallback, write_accumulator
+    from kifmerge.models.gathered import write_checkpoint
+    from kifmerge.models.parameters import trained_parameters
     from kifmerge.phases.memory import select_memory
-    from kifmerge.phases.parameters import trained_parameters
-    from kifmerge.phases.presets import PRESETS, RecurrentOptions
-    from kifmerge.phases.recurrent import RecurrentRounds, Round
-    from kifmerge.phases.trainer import RecurrentMixin, RecurrentTrainer
     from kifmerge.recipe import Recipe, load_recipe
     from kifmerge.run import collect_report, run_recipe
     from kifmerge.tensor.fusion import recurrent_kif, recurrent_kif_adaptive
     from kifmerge.tensor.importance import ImportanceAccumulator, ImportanceOptions
     from kifmerge.tensor.metrics import continual_metrics
     from kifmerge.tensor.selection import Threshold, importance_threshold, kth_smallest
+    from kifmerge.training.importance import ImportanceCallback, write_accumulator
+    from kifmerge.training.presets import PRESETS, RecurrentOptions
+    from kifmerge.training.recurrent import RecurrentRounds, Round
+    from kifmerge.training.trainer import RecurrentMixin, RecurrentTrainer
 
 _HOMES = {
     "ImportanceAccumulator": "tensor.importance",
-    "ImportanceCallback": "phases.importance",
+    "ImportanceCallback": "training.importance",
     "ImportanceOptions": "tensor.importance",
     "KifmergeError": "errors",
-    "PRESETS": "phases.presets",
+    "PRESETS": "training.presets",
     "Recipe": "recipe",
-    "RecurrentMixin": "phases.trainer",
-    "RecurrentOptions": "phases.presets",
-    "RecurrentRounds": "phases.recurrent",
-    "RecurrentTrainer": "phases.trainer",
-    "Round": "phases.recurrent",
+    "RecurrentMixin": "training.trainer",
+    "RecurrentOptions": "training.presets",
+    "RecurrentRounds": "training.recurrent",
+    "RecurrentTrainer": "training.trainer",
+    "Round": "training.recurrent",
     "Snapshot": "checkpoint.snapshot",
     "Threshold": "tensor.selection",
     "collect_report": "run",
@@ -49,9 +49,9 @@ _HOMES = {
     "recurrent_kif_adaptive": "tensor.fusion",
     "run_recipe": "run",
     "select_memory": "phases.memory",
-    "trained_parameters": "phases.parameters",
-    "write_accumulator": "phases.importance",
-    "write_checkpoint": "phases.gathered",
+    "trained_parameters": "models.parameters",
+    "write_accumulator": "training.importance",
+    "write_checkpoint": "models.gathered",
 }
 
 __all__ = [

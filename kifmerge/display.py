@@ -20,7 +20,7 @@ from rich.table import Table as RichTable
 if TYPE_CHECKING:
     from kifmerge.phases.report import Table
     from kifmerge.phases.stage import Moment
-    from kifmerge.phases.train import Progress as Steps
+    from kifmerge.training.train import Progress as Steps
     from kifmerge.trials import Trial
 
 

@@ -16,12 +16,12 @@ import pydantic
 import yaml
 
 from kifmerge.errors import RecipeError, check_at_least, problem_list
-from kifmerge.phases.methods import MethodName
-from kifmerge.phases.model import ModelOptions
-from kifmerge.phases.presets import PRESETS, KifOptions, RecurrentOptions
+from kifmerge.models.model import ModelOptions
 from kifmerge.phases.stage import SequenceOptions
 from kifmerge.phases.tasks import TaskOptions
-from kifmerge.phases.train import TrainingOptions
+from kifmerge.training.methods import MethodName
+from kifmerge.training.presets import PRESETS, KifOptions, RecurrentOptions
+from kifmerge.training.train import TrainingOptions
 
 DEFAULT_PRESET = "kifmerge"
 

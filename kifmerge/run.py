@@ -26,10 +26,10 @@ from kifmerge.checkpoint.atomic import whole_file, write_json, write_text
 from kifmerge.checkpoint.provenance import read_details
 from kifmerge.errors import RunError, problem_list
 from kifmerge.hub.client import Say, silent
+from kifmerge.models.opening import bring
+from kifmerge.models.origin import pinned
+from kifmerge.models.tables import pinned_source
 from kifmerge.phases.evaluate import read_predictions, score_predictions
-from kifmerge.phases.methods import METHODS
-from kifmerge.phases.opening import bring
-from kifmerge.phases.origin import pinned
 from kifmerge.phases.plot import can_draw, draw_report
 from kifmerge.phases.report import Report, as_csv, as_markdown
 from kifmerge.phases.sequence import (
@@ -39,11 +39,11 @@ from kifmerge.phases.sequence import (
     prediction_path,
     stage_folders,
 )
-from kifmerge.phases.tables import pinned_source
 from kifmerge.phases.tasks import Task, check_rows
-from kifmerge.phases.train import refuse_process_group
 from kifmerge.recipe import Recipe, parse_recipe, read_content
 from kifmerge.tensor.metrics import Cell
+from kifmerge.training.methods import METHODS
+from kifmerge.training.train import refuse_process_group
 from kifmerge.trials import START, OnMoment, Trial, run_trials
 
 FORMAT = "kifmerge.run"

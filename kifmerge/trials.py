@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from kifmerge.phases.methods import METHODS
-from kifmerge.phases.model import quieten_libraries
+from kifmerge.models.model import quieten_libraries
 from kifmerge.phases.sequence import TaskSequence
 from kifmerge.phases.stage import Moment, SequenceOptions
+from kifmerge.training.methods import METHODS
 
 START = "start"
 

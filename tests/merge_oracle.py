@@ -15,7 +15,7 @@ import torch
 from merges import Variant
 from torch import Tensor
 
-from kifmerge.phases.rules import FusionOptions
+from kifmerge.fusion.rules import FusionOptions
 
 MASK_FRACTION = "0.4"
 

@@ -17,14 +17,15 @@ from torch import Tensor
 from kifmerge.checkpoint import pieces as pieces_module
 from kifmerge.checkpoint.snapshot import read_snapshot
 from kifmerge.errors import CheckpointError
+from kifmerge.fusion import selection as selection_module
+from kifmerge.fusion.inputs import MergeInputs
+from kifmerge.fusion.rules import RULES, FusionOptions
+from kifmerge.fusion.unit_scores import GroupOptions
 from kifmerge.phases import merge_plan as merge_plan_module
-from kifmerge.phases import selection as selection_module
-from kifmerge.phases.group import Group, GroupOptions
-from kifmerge.phases.inputs import MergeInputs
+from kifmerge.phases.group import Group
 from kifmerge.phases.merge import Merge, MergeOptions
 from kifmerge.phases.prune import Prune, PruneInputs, PruneOptions
-from kifmerge.phases.recurrent import RecurrentRounds
-from kifmerge.phases.rules import RULES, FusionOptions
+from kifmerge.training.recurrent import RecurrentRounds
 
 # These models are too small to gain by threads.
 torch.set_num_threads(1)

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from kifmerge.checkpoint.journal import unfinished_folder
-from kifmerge.phases.group import Group, GroupOptions
-from kifmerge.phases.inputs import MergeInputs
+from kifmerge.fusion.inputs import MergeInputs
+from kifmerge.fusion.rules import FusionOptions
+from kifmerge.fusion.unit_scores import GroupOptions
+from kifmerge.phases.group import Group
 from kifmerge.phases.merge import Merge, MergeOptions
-from kifmerge.phases.rules import FusionOptions
 
 SHAPES = {f"layer.{n}.{kind}": shape for n in range(4) for kind, shape in
           {"weight": (40, 60), "bias": (60,), "scale": ()}.items()}  # fmt: skip

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from kifmerge.cli import app
 from kifmerge.errors import RunError
-from kifmerge.phases.guard import GradientGuard
+from kifmerge.training.guard import GradientGuard
 
 LORA = {"targets": ["query", "value"], "rank": 2, "alpha": 4, "dropout": 0.1}
 LLAMA = {

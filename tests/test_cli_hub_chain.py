@@ -19,10 +19,10 @@ from typer.testing import CliRunner
 
 from kifmerge.cli import app
 from kifmerge.hub import client
-from kifmerge.phases import origin
-from kifmerge.phases.model import ModelOptions, load_model
-from kifmerge.phases.scratch import make_base
-from kifmerge.phases.tokenizer import TokenizerOptions
+from kifmerge.models import origin
+from kifmerge.models.model import ModelOptions, load_model
+from kifmerge.models.scratch import make_base
+from kifmerge.models.tokenizer import TokenizerOptions
 
 pytestmark = pytest.mark.slow  # hundreds of requests
 

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from kifmerge.checkpoint.snapshot import read_snapshot
 from kifmerge.cli import app
-from kifmerge.phases.data import DataOptions, read_examples
+from kifmerge.models.data import DataOptions, read_examples
 from kifmerge.phases.evaluate import (
     DEFINITIONS,
     predictions_dir,

@@ -22,8 +22,8 @@ from typer.testing import CliRunner
 from kifmerge.checkpoint.snapshot import write_snapshot
 from kifmerge.cli import app
 from kifmerge.cli.merge import RuleName
-from kifmerge.phases.presets import KifOptions, RecurrentOptions
-from kifmerge.phases.rules import RULES, FusionOptions
+from kifmerge.fusion.rules import RULES, FusionOptions
+from kifmerge.training.presets import KifOptions, RecurrentOptions
 
 SHAPES = {"a.weight": (30, 20), "b.weight": (50,)}
 LAYERED = {
@@ -33,7 +33,8 @@ LAYERED = {
 KILLED = """
 import os, sys
 from kifmerge.cli import app
-from kifmerge.phases import fuse, merge_plan
+from kifmerge.fusion import fuse
+from kifmerge.phases import merge_plan
 import time
 
 merge_plan.CPU_PIECE_BYTES, merge_plan.LEAST_PIECE_BYTES = 64, 1

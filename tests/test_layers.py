@@ -16,7 +16,8 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 MOST_LINES = 400
 
 LAYERS = (
-    "errors", "tensor", "hub", "checkpoint", "phases", "recipe", "trials", "run", "demo", "shell",
+    "errors", "tensor", "hub", "checkpoint", "fusion", "models", "training", "phases", "recipe",
+    "trials", "run", "demo", "shell",
 )  # fmt: skip
 SHELL = ("cli", "display", "__main__")  # parsing and printing
 FACADE = "__init__"  # may name anything: it loads when asked

@@ -14,9 +14,9 @@ import torch
 import typer.testing
 
 from kifmerge.cli import app
-from kifmerge.phases.model import ModelOptions
-from kifmerge.phases.scratch import make_base
-from kifmerge.phases.tokenizer import TokenizerOptions
+from kifmerge.models.model import ModelOptions
+from kifmerge.models.scratch import make_base
+from kifmerge.models.tokenizer import TokenizerOptions
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kifmerge.errors import RecipeError, RunError
-from kifmerge.phases.presets import PRESETS, KifOptions
-from kifmerge.phases.tokenizer import TokenizerOptions
-from kifmerge.phases.train import TrainingOptions
+from kifmerge.models.tokenizer import TokenizerOptions
 from kifmerge.recipe import load_recipe, parse_recipe
+from kifmerge.training.presets import PRESETS, KifOptions
+from kifmerge.training.train import TrainingOptions
 
 MINIMAL = {
     "name": "one",

@@ -25,9 +25,9 @@ from transformers import (
 )
 
 from kifmerge.cli import app
-from kifmerge.phases.presets import PRESETS
-from kifmerge.phases.tokenizer import TokenizerOptions, train_tokenizer
+from kifmerge.models.tokenizer import TokenizerOptions, train_tokenizer
 from kifmerge.recipe import load_recipe, read_content
+from kifmerge.training.presets import PRESETS
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 COMMAND = Path(sys.executable).with_name("kifmerge")

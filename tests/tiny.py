@@ -21,8 +21,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from kifmerge.phases.presets import RecurrentOptions
-from kifmerge.phases.trainer import RecurrentTrainer
+from kifmerge.training.presets import RecurrentOptions
+from kifmerge.training.trainer import RecurrentTrainer
 
 VOCABULARY = 40
 ROW_TOKENS = 6

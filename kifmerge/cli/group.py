@@ -39,7 +39,8 @@ def group(
     quiet: QuietOption = False,
 ) -> None:
     """Group parameters into skill units: a score for each, and one cumulative over the tasks."""
-    from kifmerge.phases.group import Group, GroupOptions
+    from kifmerge.fusion.unit_scores import GroupOptions
+    from kifmerge.phases.group import Group
 
     weights = {"new_weight": new_weight, "cumulative_weight": cumulative_weight}
     given = {name: value for name, value in weights.items() if value is not None}

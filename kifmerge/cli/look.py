@@ -15,9 +15,9 @@ from kifmerge.cli.reporting import opener, reporting
 
 if TYPE_CHECKING:
     from kifmerge.checkpoint.folder import Folders
+    from kifmerge.fusion.layers import Layer, TensorEntry
     from kifmerge.phases.diff import Change, Diff
     from kifmerge.phases.inspect import Inspection
-    from kifmerge.phases.layers import Layer, TensorEntry
     from kifmerge.phases.report import Table
     from kifmerge.phases.verify import Verification
 

@@ -27,7 +27,7 @@ from kifmerge.cli.reporting import as_usage, ranks_of_command
 
 if TYPE_CHECKING:
     from kifmerge.display import ProgressDisplay
-    from kifmerge.phases.data import DataOptions
+    from kifmerge.models.data import DataOptions
     from kifmerge.recipe import Recipe
 
 SourcesOption = Annotated[
@@ -93,10 +93,10 @@ def evaluate(
     """Answer the rows of one or more files and score the answers, file by file and on average."""
     from kifmerge.checkpoint.provenance import made_by
     from kifmerge.display import ProgressDisplay
-    from kifmerge.phases.data import read_examples
+    from kifmerge.models.data import read_examples
+    from kifmerge.models.tables import pinned_source
     from kifmerge.phases.evaluate import evaluate_files, finished_evaluation, source_names
     from kifmerge.phases.measure import open_at_rest
-    from kifmerge.phases.tables import pinned_source
 
     display = ProgressDisplay(quiet=quiet)
     reading = _data_options(sources, columns, labels, num_rows)
@@ -182,7 +182,8 @@ def importance(
     from kifmerge.checkpoint.shared_folder import refuse_other_work
     from kifmerge.checkpoint.snapshot import DETAIL_FILE
     from kifmerge.display import ProgressDisplay
-    from kifmerge.phases.data import read_examples
+    from kifmerge.models.data import read_examples
+    from kifmerge.models.tables import pinned_source
     from kifmerge.phases.measure import (
         ONE_PROCESS_SMOOTHS,
         MeasureOptions,
@@ -192,7 +193,6 @@ def importance(
         use_share_of_machine,
         write_measurement,
     )
-    from kifmerge.phases.tables import pinned_source
 
     with ranks_of_command(dry_run=dry_run) as ranks:
         display = ProgressDisplay(quiet=quiet or not ranks.is_first)
@@ -268,8 +268,8 @@ def _model_options(
 
     What is on the Hub is pinned to the commits that it is at now.
     """
-    from kifmerge.phases.model import pinned_options, quieten_libraries
-    from kifmerge.phases.opening import pinned_parts, saved_section
+    from kifmerge.models.model import pinned_options, quieten_libraries
+    from kifmerge.models.opening import pinned_parts, saved_section
     from kifmerge.recipe import phase_recipe
 
     quieten_libraries()
@@ -287,7 +287,7 @@ def _recorded(found: Recipe, reading: DataOptions) -> dict[str, Any]:
 
 def _counter(display: ProgressDisplay, phase: str, total: int) -> Callable[[int], None]:
     """Adds up rows for a bar."""
-    from kifmerge.phases.train import Progress
+    from kifmerge.training.train import Progress
 
     done = 0
 
@@ -323,7 +323,7 @@ def _data_options(
     num_rows: int | None,
 ) -> DataOptions:
     """How rows are read, from the options of the command line."""
-    from kifmerge.phases.data import DataOptions
+    from kifmerge.models.data import DataOptions
 
     twice = sorted({source for source in sources if sources.count(source) > 1})
     if twice:

@@ -41,9 +41,9 @@ from kifmerge.cli.reporting import (
 if TYPE_CHECKING:
     from kifmerge.checkpoint.destination import Destination
     from kifmerge.checkpoint.ranks import Ranks
+    from kifmerge.fusion.inputs import MergeInputs
+    from kifmerge.fusion.rules import FusionOptions
     from kifmerge.hub.client import Say
-    from kifmerge.phases.inputs import MergeInputs
-    from kifmerge.phases.rules import FusionOptions
 
 RuleName = Literal[
     "recurrent-kif", "recurrent-kif-adaptive", "average", "recurrent-average", "kif",
@@ -186,10 +186,10 @@ def merge(
     rates = parse_rates(disk_rate, network_rate, dry_run=dry_run)
     with collecting_seldom(), ranks_of_command(dry_run=dry_run) as ranks:
         from kifmerge.checkpoint.device import find_device
-        from kifmerge.phases.inputs import MergeInputs
+        from kifmerge.fusion.inputs import MergeInputs
+        from kifmerge.fusion.rules import RULES
         from kifmerge.phases.merge import Merge, MergeOptions
         from kifmerge.phases.rebuild import recorded_merge
-        from kifmerge.phases.rules import RULES
 
         folders = opener(fetch, quiet=quiet, ranks=ranks)
         expected = None
@@ -359,7 +359,7 @@ def _rule_options(
     Raises:
         ValueError: naming the option.
     """
-    from kifmerge.phases.rules import RULES, FusionOptions
+    from kifmerge.fusion.rules import RULES, FusionOptions
 
     if rule is None:
         raise ValueError("give --rule, or the kifmerge.json of a merge to make again")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 if TYPE_CHECKING:
-    from kifmerge.phases.estimate import Rates
+    from kifmerge.fusion.estimate import Rates
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
@@ -117,7 +117,7 @@ def parse_allowed(names: Sequence[str] | None) -> Any:
     Raises:
         BadParameter: one that does not exist.
     """
-    from kifmerge.phases.meaning import MEANINGS
+    from kifmerge.fusion.meaning import MEANINGS
 
     for name in names or ():
         if name not in MEANINGS:
@@ -131,7 +131,7 @@ def parse_rates(disk: str | None, network: str | None, *, dry_run: bool) -> Rate
     Raises:
         BadParameter: no such rate, or nothing to estimate.
     """
-    from kifmerge.phases.estimate import Rates
+    from kifmerge.fusion.estimate import Rates
 
     found = given({"--disk-rate": disk, "--network-rate": network})
     if found and not dry_run:

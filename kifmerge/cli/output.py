@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 if TYPE_CHECKING:
-    from kifmerge.phases.estimate import Estimate
+    from kifmerge.fusion.estimate import Estimate
     from kifmerge.phases.merge_plan import MergePlan
     from kifmerge.phases.prune_plan import PrunePlan
 

@@ -28,7 +28,7 @@ from kifmerge.cli.output import print_mapping
 if TYPE_CHECKING:
     from kifmerge.display import ProgressDisplay
     from kifmerge.phases.chain import ChainStep
-    from kifmerge.phases.steps import PhaseRecord
+    from kifmerge.training.steps import PhaseRecord
 
 OutOption = Annotated[Path, typer.Option("--out", help="Folder to make.")]
 RecipeOption = Annotated[
@@ -84,8 +84,8 @@ def train(
     if kif and only_units is not None:
         raise typer.BadParameter("--kif scores a task, --only-units goes over memory: choose one")
     from kifmerge.display import ProgressDisplay
+    from kifmerge.models.data import labels_met
     from kifmerge.phases.chain import train_into
-    from kifmerge.phases.data import labels_met
 
     display = ProgressDisplay(quiet=quiet)
     extra = [] if total_steps is None else [f"training.max_steps={total_steps}"]
@@ -163,11 +163,11 @@ def _step(
 
     What is on the Hub is pinned to the commits that it is at now.
     """
+    from kifmerge.models.model import pinned_options, quieten_libraries
+    from kifmerge.models.opening import pinned_parts, saved_section
+    from kifmerge.models.origin import pinned
+    from kifmerge.models.tables import pinned_source
     from kifmerge.phases.chain import ChainStep, kept_sections
-    from kifmerge.phases.model import pinned_options, quieten_libraries
-    from kifmerge.phases.opening import pinned_parts, saved_section
-    from kifmerge.phases.origin import pinned
-    from kifmerge.phases.tables import pinned_source
     from kifmerge.phases.tasks import Task
     from kifmerge.recipe import phase_recipe
 

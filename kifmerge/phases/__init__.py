@@ -1,1 +1,1 @@
-"""One file per phase: data and model in, training, evaluation and report out."""
+"""One file per phase: plain arguments in, a small result out."""

@@ -8,9 +8,9 @@ from typing import Any
 import yaml
 
 from kifmerge.errors import CheckpointError
+from kifmerge.fusion.inputs import EVIDENCE_ENDS
 from kifmerge.hub.reference import SCHEME, Reference, parse_reference, parse_remote
 from kifmerge.phases.equations import equation
-from kifmerge.phases.inputs import EVIDENCE_ENDS
 from kifmerge.phases.licence import Licence
 from kifmerge.phases.report import Report, report_tables
 

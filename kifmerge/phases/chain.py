@@ -20,15 +20,21 @@ from kifmerge.checkpoint.units import DETAIL_FILE as UNITS_FILE
 from kifmerge.checkpoint.units import read_units
 from kifmerge.errors import CheckpointError, TrainingError
 from kifmerge.hub.client import Say, silent
-from kifmerge.phases.data import Example
-from kifmerge.phases.model import LoadedModel, ModelOptions
-from kifmerge.phases.opening import bring, open_model
-from kifmerge.phases.origin import on_hub, opened
-from kifmerge.phases.presets import KifOptions, RecurrentOptions
-from kifmerge.phases.resumable import CHECKPOINT, newest_step
-from kifmerge.phases.state import open_state
-from kifmerge.phases.steps import PhaseOptions, PhaseRecord, kept_record, replay_steps, train_steps
-from kifmerge.phases.train import (
+from kifmerge.models.data import Example
+from kifmerge.models.model import LoadedModel, ModelOptions
+from kifmerge.models.opening import bring, open_model
+from kifmerge.models.origin import on_hub, opened
+from kifmerge.training.presets import KifOptions, RecurrentOptions
+from kifmerge.training.resumable import CHECKPOINT, newest_step
+from kifmerge.training.state import open_state
+from kifmerge.training.steps import (
+    PhaseOptions,
+    PhaseRecord,
+    kept_record,
+    replay_steps,
+    train_steps,
+)
+from kifmerge.training.train import (
     Progress,
     TrainingOptions,
     refuse_process_group,
@@ -50,7 +56,7 @@ class ChainStep:
         seed: of row order, dropout and memory batches.
         initial_seed: of a fresh adapter or head.
         labels: that a classifier's head must cover, in order.
-        source: of the rows, see :func:`kifmerge.phases.data.read_examples`.
+        source: of the rows, see :func:`kifmerge.models.data.read_examples`.
         state_dir: left by the step before; None begins a task.
         num_steps: optimizer steps to make; None: all that are left of the task.
         kif: scores the whole task for KIF; None scores a round's steps for the recurrent loop.

@@ -23,9 +23,9 @@ from kifmerge.checkpoint.scores import open_scores
 from kifmerge.checkpoint.source import MODEL_STEM, FolderSource, open_source
 from kifmerge.checkpoint.workers import Workers, worker_pool
 from kifmerge.errors import CheckpointError
-from kifmerge.phases.fetching import Reading, settle
+from kifmerge.fusion.fetching import Reading, settle
+from kifmerge.fusion.layers import layer_of, natural_order
 from kifmerge.phases.inspect import Kind, kind_of
-from kifmerge.phases.layers import layer_of, natural_order
 
 OnProgress = Callable[[int], None]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from kifmerge.phases.rules import RuleName
+from kifmerge.fusion.rules import RuleName
 
 _VECTORS = """\
 v[i] = model[i] - base; where historical_parent is new, v[historical] = historical - new"""

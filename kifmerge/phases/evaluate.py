@@ -14,9 +14,9 @@ import torch
 from kifmerge.checkpoint.atomic import whole_folder, write_json, write_text
 from kifmerge.checkpoint.provenance import check_format, read_details
 from kifmerge.errors import CheckpointError, RunError
-from kifmerge.phases.data import Example, labels_met
-from kifmerge.phases.encode import prompt_features
-from kifmerge.phases.model import LoadedModel
+from kifmerge.models.data import Example, labels_met
+from kifmerge.models.encode import prompt_features
+from kifmerge.models.model import LoadedModel
 
 Metric = Literal["exact-match", "rouge-l"]
 

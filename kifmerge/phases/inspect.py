@@ -31,9 +31,8 @@ from kifmerge.checkpoint.source import (
     open_source,
 )
 from kifmerge.errors import CheckpointError
-from kifmerge.phases.fetching import Reading, settle
-from kifmerge.phases.group import unit_figures
-from kifmerge.phases.layers import (
+from kifmerge.fusion.fetching import Reading, settle
+from kifmerge.fusion.layers import (
     Layer,
     TensorEntry,
     layer_of,
@@ -41,7 +40,8 @@ from kifmerge.phases.layers import (
     natural_order,
     tensor_entries,
 )
-from kifmerge.phases.selection import ScoreStream
+from kifmerge.fusion.selection import ScoreStream
+from kifmerge.phases.group import unit_figures
 from kifmerge.tensor.selection import CHUNK_NUMEL, importance_threshold, mask_above
 
 Kind = Literal[
@@ -318,7 +318,7 @@ def _chunks(source: Source) -> Iterator[tuple[str, Tensor]]:
 
 
 def _state(directory: Folder) -> _Found:
-    from kifmerge.phases.state import FORMAT, STATE_FILE, VERSION
+    from kifmerge.training.state import FORMAT, STATE_FILE, VERSION
 
     details = read_details(directory / STATE_FILE)
     check_format(details, FORMAT, VERSION, directory / STATE_FILE)

@@ -10,9 +10,9 @@ from typing import Any, Literal
 from kifmerge.checkpoint.provenance import read_details
 from kifmerge.checkpoint.source import ADAPTER_CONFIG
 from kifmerge.errors import CheckpointError
+from kifmerge.fusion.inputs import EVIDENCE_ENDS
 from kifmerge.hub.reference import Reference, parse_reference
 from kifmerge.phases.card import hub_reference
-from kifmerge.phases.inputs import EVIDENCE_ENDS
 from kifmerge.phases.parcel import Parcel
 
 Relation = Literal["merge", "adapter", "finetune"]

@@ -1,7 +1,7 @@
 """Importance of a model that is not being trained: which of its parameters matter for a task.
 
 The gradients of each batch are looked at as they are, without clipping, and no step is made. Each
-is taken in and freed while the backward pass goes on, see :mod:`kifmerge.phases.intake`, so that
+is taken in and freed while the backward pass goes on, see :mod:`kifmerge.training.intake`, so that
 memory is that of the model and of one float32 accumulator per parameter (two under ``ema``).
 """
 
@@ -31,15 +31,13 @@ from kifmerge.errors import (
     problem_list,
 )
 from kifmerge.hub.client import Say, silent
-from kifmerge.phases.data import Example, labels_met
-from kifmerge.phases.encode import Features, collator, training_features
-from kifmerge.phases.intake import GradientIntake, take_in
-from kifmerge.phases.model import LoadedModel, ModelOptions, known_labels
-from kifmerge.phases.opening import bring, open_model
-from kifmerge.phases.origin import opened
-from kifmerge.phases.parameters import trained_parameters
-from kifmerge.phases.saved_names import SavedGroup, SavedTensors, chosen, saved_groups, shards
-from kifmerge.phases.train import TrainingOptions, training_device
+from kifmerge.models.data import Example, labels_met
+from kifmerge.models.encode import Features, collator, training_features
+from kifmerge.models.model import LoadedModel, ModelOptions, known_labels
+from kifmerge.models.opening import bring, open_model
+from kifmerge.models.origin import opened
+from kifmerge.models.parameters import trained_parameters
+from kifmerge.models.saved_names import SavedGroup, SavedTensors, chosen, saved_groups, shards
 from kifmerge.tensor.importance import (
     ImportanceAccumulator,
     ImportanceOptions,
@@ -47,6 +45,8 @@ from kifmerge.tensor.importance import (
     Sensitivity,
     all_finite,
 )
+from kifmerge.training.intake import GradientIntake, take_in
+from kifmerge.training.train import TrainingOptions, training_device
 
 _ADVICE = "Look at the rows, or take more exact weights: --set model.dtype=float32"
 ONE_PROCESS_SMOOTHS = (

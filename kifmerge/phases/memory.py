@@ -17,7 +17,7 @@ from typing import Any
 
 from kifmerge.checkpoint.atomic import whole_file
 from kifmerge.errors import RunError
-from kifmerge.phases.data import DataOptions, Example, as_jsonl, read_examples
+from kifmerge.models.data import DataOptions, Example, as_jsonl, read_examples
 
 MOST_LABELS = 100
 
@@ -77,7 +77,7 @@ def write_memory(
     """Draw the memory of several tasks, one source each, and write it as one file.
 
     Args:
-        sources: training rows, see :func:`kifmerge.phases.data.read_examples`.
+        sources: training rows, see :func:`kifmerge.models.data.read_examples`.
         fraction: see :func:`select_memory`.
         out: JSONL file to write.
         options: how the rows of every source are read.

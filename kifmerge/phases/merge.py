@@ -34,20 +34,20 @@ from kifmerge.errors import (
     check_at_least,
     check_choices,
 )
+from kifmerge.fusion.estimate import Estimate, Load, Rates, estimate
+from kifmerge.fusion.fetching import settle, tell
+from kifmerge.fusion.fuse import OnProgress
+from kifmerge.fusion.inputs import HistoricalParent, MergeInputs, OpenInputs
+from kifmerge.fusion.meaning import Difference
+from kifmerge.fusion.rules import FusionOptions
+from kifmerge.fusion.unscored import Unscored
+from kifmerge.fusion.weights import Nonfinite
 from kifmerge.hub.folder import HubFolder
 from kifmerge.phases.card import model_card
-from kifmerge.phases.estimate import Estimate, Load, Rates, estimate
-from kifmerge.phases.fetching import settle, tell
-from kifmerge.phases.fuse import OnProgress
-from kifmerge.phases.fuse_files import fuse_files
-from kifmerge.phases.inputs import HistoricalParent, MergeInputs, OpenInputs
 from kifmerge.phases.licence import find_licence
-from kifmerge.phases.meaning import Difference
+from kifmerge.phases.merge_files import fuse_files
 from kifmerge.phases.merge_plan import MergeNeeds, MergePlan
 from kifmerge.phases.parents import refuse_unexpected
-from kifmerge.phases.rules import FusionOptions
-from kifmerge.phases.unscored import Unscored
-from kifmerge.phases.weights import Nonfinite
 
 DtypeName = Literal["bfloat16", "float16", "float32"]
 _TORCH_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}

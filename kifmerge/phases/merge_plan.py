@@ -9,11 +9,11 @@ from kifmerge.checkpoint.device import DEVICE_PIECE_BYTES
 from kifmerge.checkpoint.pieces import CPU_PIECE_BYTES
 from kifmerge.checkpoint.sink import Layout
 from kifmerge.checkpoint.workers import num_processors, peak_bytes
-from kifmerge.phases.estimate import MODEL_NS, SCORE_NS, WRITE_NS, Load, network_load
-from kifmerge.phases.fetching import Reading, Settled
-from kifmerge.phases.inputs import HistoricalParent, OpenInputs
-from kifmerge.phases.rules import FusionOptions
-from kifmerge.phases.selection import counting_bytes
+from kifmerge.fusion.estimate import MODEL_NS, SCORE_NS, WRITE_NS, Load, network_load
+from kifmerge.fusion.fetching import Reading, Settled
+from kifmerge.fusion.inputs import HistoricalParent, OpenInputs
+from kifmerge.fusion.rules import FusionOptions
+from kifmerge.fusion.selection import counting_bytes
 
 # Libraries that a merge loads, its threads, and what the allocator keeps between pieces.
 _SPARE_BYTES = 24 << 20

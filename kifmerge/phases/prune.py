@@ -35,19 +35,19 @@ from kifmerge.checkpoint.snapshot import DETAIL_FILE as SNAPSHOT_FILE
 from kifmerge.checkpoint.source import FolderSource, MemorySource, Source, read_whole
 from kifmerge.checkpoint.units import UnitSource, read_units
 from kifmerge.checkpoint.workers import Workers, num_processors, worker_pool
-from kifmerge.phases.agreement import open_checkpoint, refuse_other_evidence
-from kifmerge.phases.checked import FiniteSource
-from kifmerge.phases.estimate import Estimate, Rates, estimate
-from kifmerge.phases.fetching import settle, tell
-from kifmerge.phases.fuse import OnProgress
-from kifmerge.phases.inputs import states
-from kifmerge.phases.meaning import Difference, check_meaning
-from kifmerge.phases.provisional import ProvisionalMarks, is_worth_while
+from kifmerge.fusion.agreement import open_checkpoint, refuse_other_evidence
+from kifmerge.fusion.checked import FiniteSource
+from kifmerge.fusion.estimate import Estimate, Rates, estimate
+from kifmerge.fusion.fetching import settle, tell
+from kifmerge.fusion.fuse import OnProgress
+from kifmerge.fusion.inputs import states
+from kifmerge.fusion.meaning import Difference, check_meaning
+from kifmerge.fusion.provisional import ProvisionalMarks, is_worth_while
+from kifmerge.fusion.rules import FusionOptions
+from kifmerge.fusion.selection import Marks, ScoreStream, mark_important, warn_of_equal
+from kifmerge.fusion.weights import Nonfinite, Weights
 from kifmerge.phases.prune_files import ShowMask, learn_digests, write_mask, write_pruned
 from kifmerge.phases.prune_plan import PruneNeeds, PrunePlan
-from kifmerge.phases.rules import FusionOptions
-from kifmerge.phases.selection import Marks, ScoreStream, mark_important, warn_of_equal
-from kifmerge.phases.weights import Nonfinite, Weights
 from kifmerge.tensor.selection import Scope, importance_bracket
 from kifmerge.tensor.units import important_units
 

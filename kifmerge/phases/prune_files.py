@@ -17,10 +17,10 @@ from kifmerge.checkpoint.shared_folder import wait_for_files
 from kifmerge.checkpoint.sink import FileRecord, FolderSink, layout_of
 from kifmerge.checkpoint.source import FolderSource, Source
 from kifmerge.checkpoint.workers import Workers
-from kifmerge.phases.checked import FiniteSource
-from kifmerge.phases.fuse import OnProgress
-from kifmerge.phases.unscored import Unscored, UnscoredTensors
-from kifmerge.phases.weights import Weights
+from kifmerge.fusion.checked import FiniteSource
+from kifmerge.fusion.fuse import OnProgress
+from kifmerge.fusion.unscored import Unscored, UnscoredTensors
+from kifmerge.fusion.weights import Weights
 
 ShowMask = Callable[[Piece], Tensor]
 

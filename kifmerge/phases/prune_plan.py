@@ -9,10 +9,10 @@ from kifmerge.checkpoint.pieces import CPU_PIECE_BYTES
 from kifmerge.checkpoint.scores import Scores
 from kifmerge.checkpoint.source import FolderSource, Source
 from kifmerge.checkpoint.workers import num_processors, peak_bytes
-from kifmerge.phases.agreement import Checkpoint
-from kifmerge.phases.estimate import PRUNE_NS, SCORE_NS, WRITE_NS, Load, network_load
-from kifmerge.phases.fetching import Reading, Settled
-from kifmerge.phases.selection import counting_bytes
+from kifmerge.fusion.agreement import Checkpoint
+from kifmerge.fusion.estimate import PRUNE_NS, SCORE_NS, WRITE_NS, Load, network_load
+from kifmerge.fusion.fetching import Reading, Settled
+from kifmerge.fusion.selection import counting_bytes
 from kifmerge.tensor.selection import Scope
 
 # What one worker takes for a piece: both models', scores or mask, and what comes of them.

@@ -18,6 +18,7 @@ import yaml
 from kifmerge.checkpoint.repository import stale_weights
 from kifmerge.checkpoint.snapshot import DETAIL_FILE
 from kifmerge.errors import CheckpointError
+from kifmerge.fusion.tokens import has_tokenizer
 from kifmerge.hub.client import Say, silent
 from kifmerge.hub.commit import Change, commit_change
 from kifmerge.hub.draft import Draft
@@ -35,7 +36,6 @@ from kifmerge.phases.licence import Licence, find_licence
 from kifmerge.phases.lineage import lineage_of
 from kifmerge.phases.parcel import CARD_FILE, IMPORTANCE_FOLDER, Parcel, open_parcel
 from kifmerge.phases.published_card import published_card, read_report
-from kifmerge.phases.tokens import has_tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

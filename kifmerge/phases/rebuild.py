@@ -15,9 +15,9 @@ from kifmerge.checkpoint.provenance import (
     read_details,
 )
 from kifmerge.errors import CheckpointError
-from kifmerge.phases.inputs import EVIDENCE_ENDS, MergeInputs
+from kifmerge.fusion.inputs import EVIDENCE_ENDS, MergeInputs
+from kifmerge.fusion.rules import FusionOptions
 from kifmerge.phases.merge import MergeOptions
-from kifmerge.phases.rules import FusionOptions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

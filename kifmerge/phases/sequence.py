@@ -27,13 +27,11 @@ from typing import Any
 
 from kifmerge.checkpoint.atomic import remove_unfinished, whole_folder, write_json
 from kifmerge.checkpoint.units import write_units
-from kifmerge.phases.data import DataOptions, Example, read_examples, write_examples
+from kifmerge.models.data import DataOptions, Example, read_examples, write_examples
+from kifmerge.models.model import LoadedModel, known_labels, load_model
+from kifmerge.models.scratch import make_base
 from kifmerge.phases.evaluate import predict, write_predictions
 from kifmerge.phases.memory import select_memory
-from kifmerge.phases.methods import METHODS, Method
-from kifmerge.phases.model import LoadedModel, known_labels, load_model
-from kifmerge.phases.resumable import CHECKPOINT
-from kifmerge.phases.scratch import make_base
 from kifmerge.phases.stage import (
     OPTIMIZER,
     Moment,
@@ -43,7 +41,9 @@ from kifmerge.phases.stage import (
     training_folder,
 )
 from kifmerge.phases.tasks import Task
-from kifmerge.phases.train import training_device
+from kifmerge.training.methods import METHODS, Method
+from kifmerge.training.resumable import CHECKPOINT
+from kifmerge.training.train import training_device
 
 BEFORE = "before"
 ALL_TASKS = "all-tasks"

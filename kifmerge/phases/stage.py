@@ -18,17 +18,17 @@ from typing import Literal
 from torch import Tensor
 
 from kifmerge.checkpoint.units import Units
-from kifmerge.phases.data import Example
-from kifmerge.phases.kif import FusedTask, fuse_task, important_elements, refuse_converted
-from kifmerge.phases.kif_training import KifTraining
-from kifmerge.phases.methods import Method
-from kifmerge.phases.model import LoadedModel, ModelOptions
-from kifmerge.phases.presets import KifOptions, RecurrentOptions
-from kifmerge.phases.resumable import CHECKPOINT, STATE, newest_step
-from kifmerge.phases.state import OPTIMIZER_FILE
-from kifmerge.phases.state import STATE_FILE as TRAINER_STATE_FILE
+from kifmerge.models.data import Example
+from kifmerge.models.model import LoadedModel, ModelOptions
 from kifmerge.phases.tasks import TaskOptions
-from kifmerge.phases.train import (
+from kifmerge.training.kif import FusedTask, fuse_task, important_elements, refuse_converted
+from kifmerge.training.kif_training import KifTraining
+from kifmerge.training.methods import Method
+from kifmerge.training.presets import KifOptions, RecurrentOptions
+from kifmerge.training.resumable import CHECKPOINT, STATE, newest_step
+from kifmerge.training.state import OPTIMIZER_FILE
+from kifmerge.training.state import STATE_FILE as TRAINER_STATE_FILE
+from kifmerge.training.train import (
     Progress,
     TrainingFolders,
     TrainingOptions,

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from kifmerge.errors import DataError
-from kifmerge.phases.data import DataOptions, Example, labels_met, read_examples
+from kifmerge.models.data import DataOptions, Example, labels_met, read_examples
+from kifmerge.models.model import Kind
 from kifmerge.phases.evaluate import Metric
-from kifmerge.phases.model import Kind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,7 +18,7 @@ class TaskOptions:
 
     Attributes:
         name: used in folders and tables.
-        train: source of the training rows (see :func:`kifmerge.phases.data.read_examples`).
+        train: source of the training rows (see :func:`kifmerge.models.data.read_examples`).
         test: source of the test rows.
         columns: template per form key, where the source's own columns do not fit.
         labels: declared labels; empty takes those met in the training rows.

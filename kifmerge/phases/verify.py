@@ -352,7 +352,7 @@ def _read_json(path: Path) -> None:
 
 
 def _read_state(directory: Path) -> None:
-    from kifmerge.phases.state import FORMAT, STATE_FILE, VERSION
+    from kifmerge.training.state import FORMAT, STATE_FILE, VERSION
 
     check_format(read_details(directory / STATE_FILE), FORMAT, VERSION, directory / STATE_FILE)
 

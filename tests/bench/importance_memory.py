@@ -74,7 +74,7 @@ class Measuring:
     """One batch after another into an accumulator, in either way."""
 
     def __init__(self, model: nn.Module, batch: dict[str, torch.Tensor], average: str) -> None:
-        from kifmerge.phases.intake import GradientIntake
+        from kifmerge.training.intake import GradientIntake
 
         self.model = model
         self.batch = batch

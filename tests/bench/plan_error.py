@@ -7,7 +7,7 @@ this process, from a warm page cache; of the repeats the cheapest counts. Printe
 
     measured, estimated   processor seconds, of all threads together
     error                 of the estimate
-    ns                    what MODEL_NS in kifmerge/phases/estimate.py would have to be here
+    ns                    what MODEL_NS in kifmerge/fusion/estimate.py would have to be here
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from pathlib import Path
 
 from checkpoints import Built, Shape, build
 
-from kifmerge.phases.estimate import MODEL_NS
-from kifmerge.phases.inputs import MergeInputs
+from kifmerge.fusion.estimate import MODEL_NS
+from kifmerge.fusion.inputs import MergeInputs
+from kifmerge.fusion.rules import RULES, FusionOptions
 from kifmerge.phases.merge import Merge
-from kifmerge.phases.rules import RULES, FusionOptions
 
 
 def opened(rule: str, inputs: Built, *, with_scores: bool) -> Merge:

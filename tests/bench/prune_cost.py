@@ -37,7 +37,7 @@ THRESHOLD_PROGRAM = f"""
 import sys
 from kifmerge.checkpoint.scores import open_scores
 from kifmerge.checkpoint.workers import worker_pool
-from kifmerge.phases.selection import mark_important
+from kifmerge.fusion.selection import mark_important
 
 with worker_pool() as workers:
     scores = open_scores(sys.argv[1])

@@ -26,7 +26,7 @@ from processes import check_disk, print_table, write_results
 from torch import Tensor
 
 from kifmerge.checkpoint.scores import Scores, open_scores
-from kifmerge.phases.selection import ScoreStream
+from kifmerge.fusion.selection import ScoreStream
 from kifmerge.tensor.selection import importance_threshold, threshold_rank
 
 TARGET = 1e9  # bytes a second and core

@@ -9,6 +9,7 @@ import tiny
 import yaml
 from huggingface_hub import ModelCard
 
+from kifmerge.fusion.rules import RULES, FusionOptions
 from kifmerge.phases.card import (
     MARK,
     card,
@@ -25,7 +26,6 @@ from kifmerge.phases.card import (
 )
 from kifmerge.phases.equations import EQUATIONS, equation
 from kifmerge.phases.report import Report
-from kifmerge.phases.rules import RULES, FusionOptions
 
 SHA = "0123456789abcdef" * 2 + "01234567"
 MADE_BY = {

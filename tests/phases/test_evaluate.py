@@ -7,7 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kifmerge.phases.data import Example
+from kifmerge.models.data import Example
+from kifmerge.models.model import ModelOptions, load_model
+from kifmerge.models.scratch import make_base
+from kifmerge.models.tokenizer import TokenizerOptions
 from kifmerge.phases.evaluate import (
     Prediction,
     predict,
@@ -15,9 +18,6 @@ from kifmerge.phases.evaluate import (
     score_predictions,
     write_predictions,
 )
-from kifmerge.phases.model import ModelOptions, load_model
-from kifmerge.phases.scratch import make_base
-from kifmerge.phases.tokenizer import TokenizerOptions
 
 WORDS = ["red", "blue", "green", "yellow", "black", "white", "grey", "pink", "brown", "violet"]
 # Of many lengths, longest neither first nor last.

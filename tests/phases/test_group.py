@@ -22,7 +22,8 @@ from kifmerge.checkpoint.snapshot import write_snapshot
 from kifmerge.checkpoint.source import MemorySource, open_source
 from kifmerge.checkpoint.units import Unit, Units, UnitSource, read_units, write_units
 from kifmerge.errors import CheckpointError, RunError
-from kifmerge.phases.group import Group, GroupOptions, group_scores, unit_figures
+from kifmerge.fusion.unit_scores import GroupOptions, group_scores
+from kifmerge.phases.group import Group, unit_figures
 from kifmerge.phases.inspect import inspect_folder
 from kifmerge.tensor.importance import ImportanceAccumulator, ImportanceOptions
 from kifmerge.tensor.kif import kif, kif_adaptive

@@ -20,8 +20,8 @@ from kifmerge.checkpoint.provenance import made_by, write_provenance
 from kifmerge.checkpoint.snapshot import write_snapshot
 from kifmerge.cli import app
 from kifmerge.errors import CheckpointError, RunError
+from kifmerge.fusion.layers import layer_of, natural_order
 from kifmerge.phases.inspect import inspect_folder
-from kifmerge.phases.layers import layer_of, natural_order
 from kifmerge.run import run_status
 
 SCORES = {

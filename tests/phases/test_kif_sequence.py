@@ -13,12 +13,13 @@ from test_resumable import kill
 
 from kifmerge.checkpoint.units import read_units
 from kifmerge.errors import CheckpointError
-from kifmerge.phases import resumable, stage
-from kifmerge.phases.guard import GradientGuard
-from kifmerge.phases.kif_training import FrozenElements
-from kifmerge.phases.model import LoadedModel
+from kifmerge.models.model import LoadedModel
+from kifmerge.phases import stage
 from kifmerge.phases.sequence import TaskSequence
 from kifmerge.tensor.units import cumulative_scores, important_units
+from kifmerge.training import resumable
+from kifmerge.training.guard import GradientGuard
+from kifmerge.training.kif_training import FrozenElements
 
 pytestmark = pytest.mark.slow  # whole trainings
 

@@ -15,16 +15,16 @@ from kifmerge.checkpoint.scores import open_scores
 from kifmerge.checkpoint.snapshot import read_snapshot
 from kifmerge.checkpoint.source import open_source
 from kifmerge.errors import CheckpointError, DataError, TrainingError
-from kifmerge.phases.data import Example
-from kifmerge.phases.encode import collator, training_features
+from kifmerge.models.data import Example
+from kifmerge.models.encode import collator, training_features
+from kifmerge.models.model import LoraOptions, ModelOptions, load_model
+from kifmerge.models.scratch import make_base
+from kifmerge.models.tokenizer import TokenizerOptions
 from kifmerge.phases.measure import (
     MeasureOptions,
     measure_importance,
     write_measurement,
 )
-from kifmerge.phases.model import LoraOptions, ModelOptions, load_model
-from kifmerge.phases.scratch import make_base
-from kifmerge.phases.tokenizer import TokenizerOptions
 
 WORDS = ["red", "blue", "green", "yellow", "black", "white"]
 EXAMPLES = [

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kifmerge.phases.data import Example
+from kifmerge.models.data import Example
 from kifmerge.phases.memory import select_memory
 
 

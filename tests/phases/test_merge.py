@@ -22,17 +22,17 @@ from kifmerge.checkpoint.sink import MemorySink
 from kifmerge.checkpoint.source import MemorySource
 from kifmerge.checkpoint.units import read_units
 from kifmerge.checkpoint.workers import Workers
-from kifmerge.phases.evidence import (
+from kifmerge.fusion.evidence import (
     NOTHING,
     evidence_from_masks,
     evidence_from_scores,
     evidence_from_units,
     evidence_from_vectors,
 )
-from kifmerge.phases.fuse import fuse
-from kifmerge.phases.presets import RecurrentOptions
-from kifmerge.phases.rules import FusionOptions
-from kifmerge.phases.weights import Weights
+from kifmerge.fusion.fuse import fuse
+from kifmerge.fusion.rules import FusionOptions
+from kifmerge.fusion.weights import Weights
+from kifmerge.training.presets import RecurrentOptions
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 OF_THE_LOOP = {

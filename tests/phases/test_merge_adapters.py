@@ -12,8 +12,9 @@ import yaml
 from merges import Files
 from peft import PeftModel
 
-from kifmerge.phases.group import Group, GroupOptions
-from kifmerge.phases.rules import FusionOptions
+from kifmerge.fusion.rules import FusionOptions
+from kifmerge.fusion.unit_scores import GroupOptions
+from kifmerge.phases.group import Group
 
 KIF = FusionOptions()
 AVERAGE = FusionOptions(rule="average")

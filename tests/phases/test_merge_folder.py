@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 from kifmerge.checkpoint.digest import digest
 from kifmerge.checkpoint.provenance import read_provenance
 from kifmerge.errors import RunError
+from kifmerge.fusion.rules import RULES, FusionOptions
 from kifmerge.phases.merge import Merge
-from kifmerge.phases.rules import RULES, FusionOptions
 
 KIF = FusionOptions()
 AVERAGE = FusionOptions(rule="average")

@@ -34,9 +34,9 @@ def peak():
 
 
 with_torch = peak()
-from kifmerge.phases.inputs import MergeInputs
+from kifmerge.fusion.inputs import MergeInputs
 from kifmerge.phases.merge import Merge, MergeOptions
-from kifmerge.phases.rules import FusionOptions
+from kifmerge.fusion.rules import FusionOptions
 
 warnings.simplefilter("ignore")
 folder, rule, evidence, num_models = Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])

@@ -14,8 +14,8 @@ from merges import Files
 from transformers import AutoModelForCausalLM
 
 from kifmerge.checkpoint.source import open_source
+from kifmerge.fusion.rules import FusionOptions
 from kifmerge.phases.merge import Merge
-from kifmerge.phases.rules import FusionOptions
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 KIF = FusionOptions()

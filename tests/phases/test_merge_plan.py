@@ -21,7 +21,7 @@ from kifmerge.checkpoint.header import TensorInfo, read_header
 from kifmerge.checkpoint.sink import FolderSink
 from kifmerge.checkpoint.source import open_source
 from kifmerge.errors import CheckpointError
-from kifmerge.phases.rules import FusionOptions
+from kifmerge.fusion.rules import FusionOptions
 
 COUNTERS = Path("/proc/self/io")
 # Beside tensors: headers, JSON, what Python loads on the way.

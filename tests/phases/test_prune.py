@@ -19,8 +19,10 @@ from kifmerge.checkpoint.mask import MaskSource
 from kifmerge.checkpoint.provenance import read_provenance
 from kifmerge.checkpoint.snapshot import read_snapshot, write_snapshot
 from kifmerge.errors import CheckpointError, RunError
-from kifmerge.phases import provisional, prune_plan
-from kifmerge.phases.group import Group, GroupOptions
+from kifmerge.fusion import provisional
+from kifmerge.fusion.unit_scores import GroupOptions
+from kifmerge.phases import prune_plan
+from kifmerge.phases.group import Group
 from kifmerge.phases.prune import Prune, PruneInputs, PruneOptions
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

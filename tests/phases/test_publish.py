@@ -23,13 +23,13 @@ from transformers import AutoModelForCausalLM
 
 from kifmerge.checkpoint.journal import unfinished_folder
 from kifmerge.errors import CheckpointError
+from kifmerge.fusion.rules import FusionOptions
 from kifmerge.hub import client
 from kifmerge.hub.target import Target
 from kifmerge.phases.card import MARK
 from kifmerge.phases.parcel import open_parcel
 from kifmerge.phases.publish import Publication, PublishOptions
 from kifmerge.phases.report import Report
-from kifmerge.phases.rules import FusionOptions
 
 REPO = "org/made"
 TARGET = Target(repo_id=REPO)

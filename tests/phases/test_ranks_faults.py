@@ -15,7 +15,7 @@ import torch
 from merges import Files
 
 from kifmerge.checkpoint.snapshot import write_snapshot
-from kifmerge.phases.rules import FusionOptions
+from kifmerge.fusion.rules import FusionOptions
 
 SHAPES = {f"{number}.weight": (30, 20) for number in range(8)}
 ROLES = ("base", *merges.TWO)

@@ -13,8 +13,8 @@ from merges import VARIANTS, Files
 from kifmerge.checkpoint import digest as digest_module
 from kifmerge.checkpoint.ranks import ALONE, shares
 from kifmerge.checkpoint.source import FolderSource
+from kifmerge.fusion.rules import FusionOptions
 from kifmerge.phases.prune import Prune, PruneInputs, PruneOptions
-from kifmerge.phases.rules import FusionOptions
 
 FROZEN = {"z.step": (3,), "y.frozen": (4, 5)}
 

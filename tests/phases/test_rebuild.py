@@ -10,9 +10,9 @@ import synthetic
 from merges import Files
 
 from kifmerge.errors import CheckpointError
+from kifmerge.fusion.rules import FusionOptions
 from kifmerge.phases.merge import Merge
 from kifmerge.phases.rebuild import recorded_merge
-from kifmerge.phases.rules import FusionOptions
 
 KIF = FusionOptions()
 

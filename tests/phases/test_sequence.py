@@ -11,7 +11,6 @@ import synthetic
 import yaml
 
 from kifmerge.errors import DataError
-from kifmerge.phases.methods import METHODS, MethodName
 from kifmerge.phases.sequence import (
     TaskSequence,
     at_once_folder,
@@ -21,6 +20,7 @@ from kifmerge.phases.sequence import (
 from kifmerge.phases.tasks import Task, TaskOptions
 from kifmerge.recipe import load_recipe
 from kifmerge.tensor.metrics import continual_metrics
+from kifmerge.training.methods import METHODS, MethodName
 
 pytestmark = pytest.mark.slow  # whole trainings
 

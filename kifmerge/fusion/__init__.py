@@ -1,0 +1,1 @@
+"""The merge engine: checked inputs, rules, and whole models fused piece by piece. No training."""

@@ -1,0 +1,112 @@
+"""The weights of several models of one shape, and the task vectors between them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kifmerge.checkpoint.device import send
+from kifmerge.checkpoint.header import TensorInfo
+from kifmerge.checkpoint.pieces import Piece, Range, read_piece
+from kifmerge.checkpoint.source import Source
+from kifmerge.errors import CheckpointError
+from kifmerge.fusion.checked import nonfinite_error
+from kifmerge.tensor.importance import all_finite
+
+Nonfinite = Literal["refuse", "keep"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """Several models of one shape, read piece by piece.
+
+    Attributes:
+        base: where task vectors start; None for rules that work on weights alone.
+        models: in their order: new and historical, or any number.
+        parents: for each model, which other one its task vector starts at (an index); None: the
+            base. Empty stands for None throughout.
+        nonfinite: NaN or infinity is an error naming tensor and file (``refuse``), or is handed on.
+        device: where they are fused; None: where each of them is.
+    """
+
+    base: Source | None
+    models: Sequence[Source]
+    parents: Sequence[int | None] = field(default=())
+    nonfinite: Nonfinite = "refuse"
+    device: torch.device | None = None
+
+    @property
+    def sources(self) -> list[Source]:
+        """All of them, the base first."""
+        return [*([] if self.base is None else [self.base]), *self.models]
+
+    def read(self, source: Source, piece: Piece) -> Tensor:
+        """The elements of a piece as float32, not to be written to.
+
+        Raises:
+            CheckpointError: NaN or infinity.
+        """
+        values = send(read_piece(source.read, piece), self.device).float()
+        if self.nonfinite == "refuse" and not all_finite([values]):
+            error = nonfinite_error(source, piece, values)
+            raise CheckpointError(f"{error}. Mend the checkpoint, or --nonfinite keep")
+        return values
+
+    def parent(self, index: int) -> Source:
+        """Where the task vector of a model starts."""
+        found = self.parents[index] if self.parents else None
+        parent = self.base if found is None else self.models[found]
+        assert parent is not None
+        return parent
+
+    def vectors(self, base: Tensor, models: Sequence[Tensor]) -> list[Tensor]:
+        """Task vectors of the models in one piece."""
+        parents = self.parents or (None,) * len(models)
+        return [
+            values - (base if parent is None else models[parent])
+            for values, parent in zip(models, parents, strict=True)
+        ]
+
+
+class VectorSizes:
+    """Absolute values of one model's task vector, as a source.
+
+    Args:
+        weights: with a base.
+        index: of the model.
+    """
+
+    def __init__(self, weights: Weights, index: int) -> None:
+        self._weights = weights
+        self._model = weights.models[index]
+        self._parent = weights.parent(index)
+
+    def names(self) -> Sequence[str]:
+        """Of the model."""
+        return self._model.names()
+
+    def info(self, name: str) -> TensorInfo:
+        """Of the model, in float32."""
+        info = self._model.info(name)
+        return TensorInfo(torch.float32, info.shape, info.device)
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Of these elements."""
+        piece = [Range(name, start, stop)]
+        model, parent = (self._weights.read(s, piece) for s in (self._model, self._parent))
+        sizes = (model - parent).abs_()
+        # NaN, where it is to be carried on, is in no order: it counts as the largest.
+        return sizes.nan_to_num_(math.inf, math.inf) if self._weights.nonfinite == "keep" else sizes
+
+    def where(self, name: str) -> str:
+        """The model's file."""
+        return self._model.where(name)
+
+    def fingerprint(self) -> str:
+        """Of both ends."""
+        return f"{self._model.fingerprint()} - {self._parent.fingerprint()}"
