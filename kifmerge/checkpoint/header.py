@@ -12,13 +12,13 @@ References:
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import struct
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ import torch
 
 from kifmerge.checkpoint.folder import File, LocalFile
 from kifmerge.errors import CheckpointError
+from kifmerge.hub.background import in_order
+from kifmerge.hub.folder import RemoteFile
 
 DTYPES: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -105,6 +107,24 @@ def read_header(file: File | Path) -> dict[str, PlacedTensor]:
         # Only a whole file can be compared with its hash: this may be no fault of the file's.
         file.compare_head()
         raise
+
+
+def read_headers(files: Iterable[File]) -> Iterator[dict[str, PlacedTensor]]:
+    """Headers of files in their order, those that come over the network several at a time.
+
+    The first of those goes alone: where access is refused, or no part of a file can be had, it is
+    so for all.
+
+    Raises:
+        CheckpointError: of the first file in order that has no header.
+        TryAgainError: of the first for which network or server failed, or that came damaged.
+    """
+    left = iter(files)
+    for file in left:
+        yield read_header(file)
+        if isinstance(file, RemoteFile) and not file.is_here:
+            break
+    yield from in_order(functools.partial(read_header, file) for file in left)
 
 
 def _read_header(file: File) -> dict[str, PlacedTensor]:
@@ -188,7 +208,7 @@ def _placed(content: Any, begin: int) -> dict[str, PlacedTensor]:
     return placed
 
 
-@lru_cache(maxsize=1 << 12)
+@functools.lru_cache(maxsize=1 << 12)
 def _info(dtype_name: str, shape: tuple[int, ...]) -> TensorInfo:
     """The same one for tensors alike: a model has few shapes."""
     return TensorInfo(DTYPES[dtype_name], shape)

@@ -21,6 +21,7 @@ from kifmerge.checkpoint.atomic import flush, write_json
 from kifmerge.checkpoint.digest import file_sha256
 from kifmerge.checkpoint.header import TensorInfo, bytes_of, header_of
 from kifmerge.checkpoint.source import FolderSource, index_name
+from kifmerge.checkpoint.write_behind import WriteBehind
 
 # Parts that come before their turn wait to be hashed as long as they are few.
 MOST_PENDING_BYTES = 1 << 26
@@ -183,6 +184,8 @@ class _OpenFile:
         self._span = _Span(path.name, len(first), end)
         self._pending: dict[int, Any] = {}
         self._pending_bytes = 0
+        self._behind = WriteBehind()
+        self._header_bytes = len(first)
 
     def add(self, name: str, start: int, values: Tensor) -> None:
         tensor = self.placed[name]
@@ -218,10 +221,13 @@ class _OpenFile:
 
     def _write(self, offset: int, view: memoryview) -> None:
         descriptor = os.open(self._path, os.O_WRONLY)
+        # The header counts with what follows it: it was written before.
+        start = 0 if offset == self._header_bytes else offset
         try:
             while view:
                 num_written = os.pwrite(descriptor, view, offset)
                 view, offset = view[num_written:], offset + num_written
+            self._behind.note(descriptor, start, offset)
         finally:
             os.close(descriptor)
 

@@ -25,7 +25,7 @@ from kifmerge.checkpoint.folder import (
     is_folder,
     open_file,
 )
-from kifmerge.checkpoint.header import PlacedTensor, TensorInfo, bytes_of, read_header
+from kifmerge.checkpoint.header import PlacedTensor, TensorInfo, bytes_of, read_headers
 from kifmerge.checkpoint.provenance import read_details
 from kifmerge.errors import CheckpointError, problem_list
 
@@ -153,13 +153,15 @@ class FolderSource:
         else:
             weight_map = _weight_map(directory, stem)
             shards = sorted(set(weight_map.values()))
-        self.files = {shard: self._open(shard) for shard in shards}
+        opened = [open_file(directory, shard) for shard in shards]
+        self.files = {
+            shard: self._place(file, placed)
+            for shard, file, placed in zip(shards, opened, read_headers(opened), strict=True)
+        }
         if weight_map is not None:
             self._check_index(weight_map)
 
-    def _open(self, file_name: str) -> tuple[str, ...]:
-        file = open_file(self.directory, file_name)
-        placed = read_header(file)
+    def _place(self, file: File, placed: Mapping[str, PlacedTensor]) -> tuple[str, ...]:
         twice = sorted(placed.keys() & self._placed.keys())
         if twice:
             raise CheckpointError(f"{file.label}: {twice[0]} is in another shard too")
@@ -203,14 +205,13 @@ class FolderSource:
 
     def expect(self, names: Iterable[str]) -> None:
         """Tell which tensors are going to be read; without it each is a surprise to the network."""
-        ranges: dict[File, list[tuple[int, int]]] = {}
+        of_file: dict[File, list[PlacedTensor]] = {}
         for name in names:
             file, tensor = self._find(name)
-            stop = tensor.offset + tensor.info.nbytes
-            ranges.setdefault(file, []).append((tensor.offset, stop))
+            of_file.setdefault(file, []).append(tensor)
             self._expected.add(name)
-        for file, expected in ranges.items():
-            file.expect(expected)
+        for file, expected in of_file.items():
+            file.expect((t.offset, t.offset + t.info.nbytes) for t in expected)
 
     def where(self, name: str) -> str:
         """The file that holds the tensor."""

@@ -14,7 +14,7 @@ from kifmerge.checkpoint.digest import CHECKPOINT_STEMS
 from kifmerge.checkpoint.source import FolderSource
 from kifmerge.hub.client import Say, silent
 from kifmerge.hub.folder import HubFolder
-from kifmerge.hub.stream import NUM_AHEAD, shared_block_bytes
+from kifmerge.hub.stream import shared_block_bytes, stream_bytes
 
 # A few small tensors that are read again do not matter.
 _ABOUT_ONCE = 1.005
@@ -85,7 +85,9 @@ def settle(
     streamed = [folder for folder, settled in found.items() if settled.fetch == "stream"]
     for folder in streamed:
         folder.shelf.block_bytes = shared_block_bytes(len(streamed))
-        buffer_bytes = (2 + NUM_AHEAD) * folder.shelf.block_bytes
+        files = {name for reading in of_folder[folder] for name in reading.source.files}
+        num_bytes = sum(folder.files[name].size for name in files)
+        buffer_bytes = stream_bytes(num_bytes, folder.shelf.block_bytes)
         found[folder] = replace(found[folder], buffer_bytes=buffer_bytes)
     for folder, settled in found.items():
         if settled.fetch != "cache":

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
+import secrets
 import threading
+from array import array
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from kifmerge.errors import DamagedTransferError
 
 _READ_BYTES = 1 << 20
+_DIGEST_BYTES = 16
+# Nobody can make other bytes of the same digest.
+_SEED = secrets.randbits(64)
 _ADVICE = "Try again; if it goes on, a proxy or the disk damages them"
 
 
@@ -34,8 +42,11 @@ class ContentCheck:
         self._size = size
         self._expected = sha256 or git_oid
         self._position = 0
-        # The hash of all that comes before a place, for the ends of all parts so far.
-        self._hashes: dict[int, Any] = {0: _new_hash(size, sha256)}
+        self._hash = _new_hash(size, sha256)
+        # Where the parts end that were hashed, the first of which begins at 0; and their digests:
+        # states of hashes, and objects for each, would take gigabytes in very large merges.
+        self._ends = array("Q", [0])
+        self._digests = bytearray()
         self._pending: dict[int, Any] = {}
         self._damage: DamagedTransferError | None = None
         self._lock = threading.Lock()
@@ -80,31 +91,40 @@ class ContentCheck:
             self._pending.clear()
 
     def _take(self, content: Any) -> None:
-        before = self._hashes[self._position].copy()
-        before.update(content)
+        if not len(content):
+            return
+        self._hash.update(content)
         self._position += len(content)
-        self._hashes[self._position] = before
+        self._ends.append(self._position)
+        self._digests += _digest(content)
         self._compare_whole()
 
     def _compare_whole(self) -> None:
         if self._position < self._size or self._expected is None:
             return
-        content = self._hashes[self._position]
-        self.has_passed = content.hexdigest() == self._expected
+        self.has_passed = self._hash.hexdigest() == self._expected
         if not self.has_passed:
-            self._damage = DamagedTransferError(_damaged(self._label, self._expected, content))
+            self._damage = DamagedTransferError(_damaged(self._label, self._expected, self._hash))
 
     def _compare_again(self, start: int, content: Any) -> None:
-        before, after = self._hashes.get(start), self._hashes.get(start + len(content))
-        if before is None or after is None:
+        first, last = self._part_at(start), self._part_at(start + len(content))
+        if first is None or last is None:
             return
-        again = before.copy()
-        again.update(content)
-        if again.digest() != after.digest():
+        again = b"".join(
+            _digest(content[self._ends[part] - start : self._ends[part + 1] - start])
+            for part in range(first, last)
+        )
+        if again != self._digests[first * _DIGEST_BYTES : last * _DIGEST_BYTES]:
             self._damage = DamagedTransferError(
                 f"{self._label}: bytes {start} to {start + len(content)} came twice, and not "
                 f"alike. {_ADVICE}"
             )
+
+    def _part_at(self, start: int) -> int | None:
+        """Number of the part that begins at a byte; None if none does."""
+        number = bisect.bisect_left(self._ends, start)
+        is_found = number < len(self._ends) and self._ends[number] == start
+        return number if is_found else None
 
 
 def check_content(path: Path, label: str, size: int, sha256: str | None, oid: str | None) -> None:
@@ -130,6 +150,11 @@ def _damaged(label: str, expected: str | None, content: Any) -> str:
         f"{label}: the bytes that came are not those of the repository: expected hash {expected}, "
         f"found {content.hexdigest()}. {_ADVICE}"
     )
+
+
+def _digest(content: Any) -> bytes:
+    """Of a part, to know it again: a small part of what a hash costs."""
+    return xxhash.xxh3_128_digest(content, seed=_SEED)
 
 
 def _new_hash(size: int, sha256: str | None) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 import functools
 import mmap
+import operator
 import threading
 from collections.abc import Iterable
 from concurrent.futures import Future
@@ -28,24 +29,52 @@ _BUDGET_BYTES = 3 * (1 + NUM_AHEAD) * BLOCK_BYTES
 _LEAST_BLOCK_BYTES = 1 << 18
 # The header of a safetensors file, mostly with room to spare.
 HEAD_BYTES = 1 << 16
+# What is known of a block for good: that it was pulled and read, where it ends, and its digest.
+_KNOWN_BYTES = 32
+_start_of = operator.attrgetter("start")
+_number_of = operator.attrgetter("number")
 
 
 @dataclass(slots=True, eq=False)
-class _Span:
-    """A part of a file that is pulled at once; ``number`` counts them as they will be read."""
+class _Run:
+    """Ranges that follow one another, to be pulled block by block.
+
+    Files of a thousand gigabytes are told of before a byte is read: nothing is kept of each block
+    before its turn.
+
+    Attributes:
+        number: of its first block; they are counted as they will be read.
+        start: its first byte.
+        stop: behind its last.
+        block_bytes: of each block but the last.
+    """
 
     number: int
     start: int
     stop: int
-    was_pulled: bool = False
-    is_read: bool = False
+    block_bytes: int
+
+    @property
+    def num_blocks(self) -> int:
+        """How many there are."""
+        return -(-(self.stop - self.start) // self.block_bytes)
+
+    def number_at(self, offset: int) -> int:
+        """Of the block that holds a byte."""
+        return self.number + (offset - self.start) // self.block_bytes
+
+    def range_of(self, number: int) -> tuple[int, int]:
+        """The bytes of a block."""
+        start = self.start + (number - self.number) * self.block_bytes
+        return start, min(start + self.block_bytes, self.stop)
 
 
 @dataclass(slots=True, eq=False)
 class _Block:
-    """The bytes of a span, which are there or on their way."""
+    """Bytes that are pulled at once, and are there or on their way."""
 
-    span: _Span
+    number: int
+    start: int
     content: Future[memoryview]
     num_unread: int
 
@@ -85,15 +114,19 @@ class FileStream:
         self._lock = self._shelf.lock
         self._head_lock = threading.Lock()
         self._head = b""
-        self._in_file: list[_Span] = []
-        self._in_turn: list[_Span] = []
+        self._in_file: list[_Run] = []
+        self._in_turn: list[_Run] = []
+        # Of the blocks by number, those of the last runs may still be missing.
+        self._was_pulled = bytearray()
+        self._is_read = bytearray()
+        self._pulled_bytes = 0
 
     @property
     def is_unchecked(self) -> bool:
         """Whether all of it came, but in an order in which it could not be hashed."""
         with self._lock:
-            pulled = len(self._head) + sum(s.stop - s.start for s in self._in_file if s.was_pulled)
-            return pulled >= self.file.size and not self._check.has_passed
+            pulled_bytes = len(self._head) + self._pulled_bytes
+            return pulled_bytes >= self.file.size and not self._check.has_passed
 
     def head(self, num_bytes: int) -> bytes:
         """The first bytes of the file; kept, so that they are pulled once.
@@ -132,7 +165,7 @@ class FileStream:
         They are cut into blocks; ranges that follow one another share them.
         """
         with self._lock:
-            last: _Span | None = None
+            last: _Run | None = None
             for start, stop in ranges:
                 for part in self._unknown(max(start, len(self._head)), stop):
                     last = self._append(*part, last)
@@ -140,25 +173,34 @@ class FileStream:
     def _unknown(self, start: int, stop: int) -> list[tuple[int, int]]:
         """The parts of a range that were not told of before."""
         parts = []
-        number = max(_find(self._in_file, start), 0)
-        for span in self._in_file[number:]:
-            if start >= stop or span.start >= stop:
+        for number in range(max(self._find(start), 0), len(self._in_file)):
+            run = self._in_file[number]
+            if start >= stop or run.start >= stop:
                 break
-            if start < span.start:
-                parts.append((start, span.start))
-            start = max(start, span.stop)
+            if start < run.start:
+                parts.append((start, run.start))
+            start = max(start, run.stop)
         return [*parts, (start, stop)] if start < stop else parts
 
-    def _append(self, start: int, stop: int, last: _Span | None) -> _Span | None:
-        """Cut a part into spans, the first of which may lengthen the last one."""
-        if last is not None and last.stop == start and not last.was_pulled:
-            last.stop = start = min(stop, last.start + self._shelf.block_bytes)
-        while start < stop:
-            last = _Span(len(self._in_turn), start, min(start + self._shelf.block_bytes, stop))
-            self._in_turn.append(last)
-            bisect.insort(self._in_file, last, key=lambda span: span.start)
-            start = last.stop
-        return last
+    def _append(self, start: int, stop: int, last: _Run | None) -> _Run:
+        """Take in a part, which may lengthen the last run."""
+        if last is not None and last.stop == start:
+            last.stop = stop
+            return last
+        run = _Run(self._num_blocks, start, stop, self._shelf.block_bytes)
+        self._in_turn.append(run)
+        bisect.insort(self._in_file, run, key=_start_of)
+        return run
+
+    @property
+    def _num_blocks(self) -> int:
+        if not self._in_turn:
+            return 0
+        return self._in_turn[-1].number + self._in_turn[-1].num_blocks
+
+    def _find(self, offset: int) -> int:
+        """Place of the last run that begins at a byte or before it; -1 if there is none."""
+        return bisect.bisect_right(self._in_file, offset, key=_start_of) - 1
 
     def read_into(self, offset: int, view: memoryview) -> None:
         """Fill ``view`` with the bytes from ``offset`` on.
@@ -176,7 +218,7 @@ class FileStream:
             offset, view = offset + len(part), view[len(part) :]
         while view:
             block = self._block_at(offset, len(view))
-            start = offset - block.span.start
+            start = offset - block.start
             found = result_of(block.content)[start : start + len(view)]
             view[: len(found)] = found
             offset, view = offset + len(found), view[len(found) :]
@@ -185,25 +227,39 @@ class FileStream:
     def _block_at(self, offset: int, num_bytes: int) -> _Block:
         """The block that holds a byte, those after it being on their way."""
         with self._lock:
-            number = _find(self._in_file, offset)
-            if number < 0 or offset >= self._in_file[number].stop:
+            place = self._find(offset)
+            if place < 0 or offset >= self._in_file[place].stop:
                 self.expect([(offset, offset + num_bytes)])
-                number = _find(self._in_file, offset)
-            current = self._in_file[number]
-            if current.is_read:  # another pass over the file
-                for span in self._in_file:
-                    span.is_read = False
-            for span in self._in_turn[current.number : current.number + 1 + NUM_AHEAD]:
-                if not span.is_read and (self, span.start) not in self._shelf.blocks:
-                    self._order(span)
-            block = self._shelf.blocks[self, current.start]
+                place = self._find(offset)
+            run = self._in_file[place]
+            current = run.number_at(offset)
+            self._begin(current)
+            for number in range(current, min(current + 1 + NUM_AHEAD, self._num_blocks)):
+                if not self._is_read[number]:
+                    self._order(number)
+            block = self._shelf.blocks[self, run.range_of(current)[0]]
             self._make_room(block)
             return block
 
-    def _order(self, span: _Span) -> None:
-        content = in_background(functools.partial(self._pull, span.start, span.stop))
-        self._shelf.blocks[self, span.start] = _Block(span, content, span.stop - span.start)
-        span.was_pulled = True
+    def _begin(self, number: int) -> None:
+        """See what is known of a block that is to be read."""
+        num_new = self._num_blocks - len(self._is_read)
+        self._is_read.extend(bytes(num_new))
+        self._was_pulled.extend(bytes(num_new))
+        if self._is_read[number]:  # another pass over the file
+            self._is_read = bytearray(len(self._is_read))
+
+    def _order(self, number: int) -> None:
+        """Have a block pulled, unless it is there or on its way."""
+        place = bisect.bisect_right(self._in_turn, number, key=_number_of) - 1
+        start, stop = self._in_turn[place].range_of(number)
+        if (self, start) in self._shelf.blocks:
+            return
+        content = in_background(functools.partial(self._pull, start, stop))
+        self._shelf.blocks[self, start] = _Block(number, start, content, stop - start)
+        if not self._was_pulled[number]:
+            self._was_pulled[number] = True
+            self._pulled_bytes += stop - start
 
     def _pull(self, start: int, stop: int) -> memoryview:
         # From the system and back to it at once: the allocator keeps what threads let go.
@@ -220,7 +276,7 @@ class FileStream:
     def _note_read(self, block: _Block, num_bytes: int) -> None:
         with self._lock:
             block.num_unread -= num_bytes
-            block.span.is_read = block.num_unread <= 0
+            self._is_read[block.number] = block.num_unread <= 0
         self._tidy()
 
     def _tidy(self) -> None:
@@ -228,7 +284,8 @@ class FileStream:
         blocks = self._shelf.blocks
         with self._lock:
             for key, block in list(blocks.items()):
-                if key[0] is self and block.span.is_read and not self._check.is_pending(key[1]):
+                is_mine = key[0] is self and self._is_read[block.number]
+                if is_mine and not self._check.is_pending(block.start):
                     del blocks[key]
 
     def _make_room(self, current: _Block) -> None:
@@ -236,7 +293,7 @@ class FileStream:
         blocks = self._shelf.blocks
         while len(blocks) > self._shelf.most_blocks:
             # What has been read waits for its hash only.
-            oldest = next((key for key, block in blocks.items() if block.span.is_read), None)
+            oldest = next((key for key, b in blocks.items() if key[0]._is_read[b.number]), None)
             oldest = oldest or next(key for key, block in blocks.items() if block is not current)
             del blocks[oldest]
             stream, start = oldest
@@ -254,6 +311,15 @@ def shared_block_bytes(num_streams: int) -> int:
     return min(max(1 << (fair.bit_length() - 1), _LEAST_BLOCK_BYTES), BLOCK_BYTES)
 
 
-def _find(spans: list[_Span], offset: int) -> int:
-    """Number of the last span that begins at a byte or before it; -1 if there is none."""
-    return bisect.bisect_right(spans, offset, key=lambda span: span.start) - 1
+def stream_bytes(num_bytes: int, block_bytes: int) -> int:
+    """Of memory that it takes to stream files, one after the other.
+
+    Args:
+        num_bytes: of all files together.
+        block_bytes: of a block.
+
+    >>> stream_bytes(10**9, 4_000_000), stream_bytes(10**12, 4_000_000)
+    (16008000, 24000000)
+    """
+    blocks_bytes = (2 + NUM_AHEAD) * block_bytes
+    return blocks_bytes + -(-num_bytes // block_bytes) * _KNOWN_BYTES

@@ -1,25 +1,26 @@
 """What the recurrent loop costs, as ratios to plain training measured in the same run.
 
-    python tests/bench/training_cost.py [--device cuda] [--repeats 3] [--rounds 2] [--json FILE]
+    python tests/bench/training_cost.py [--device cuda] [--repeats 3] [--rounds 4] [--json FILE]
 
 1. Importance update: CPU (or device) seconds of one update over those of one plain training step,
    for LoRA (r 8 on q and v) and for all parameters of a T5-small-shaped model (60M).
-2. Recurrent run: seconds of the steps of a run with inner and outer steps and fusion over those of
-   a plain run with as many steps in all. What a run spends once, before its first step (the copy of
-   the weights and the accumulators), is told apart.
+2. Recurrent run: seconds of a round, its fusion included, over those of as many plain steps. Two
+   trainings take turns, a round each, so that both meet the same moods of the machine. The first
+   round of both is told apart: in it a system hands out the memory that is kept from then on.
 
-Runs are interleaved and medians are taken. On a CPU one thread is used and CPU seconds are counted;
---threads takes more, and says what becomes of the wall time.
+Medians are taken. On a CPU one thread is used and CPU seconds are counted; --threads takes more,
+and says what becomes of the wall time.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from transformers import (
     T5ForConditionalGeneration,
     Trainer,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
 )
 
@@ -77,15 +79,40 @@ class Stopwatch:
         return self.now() - start
 
 
-class Beginning(TrainerCallback):
-    """Notes when the first step of a training begins."""
+class Turns(TrainerCallback):
+    """Lets a training go on for some steps, then another one, and notes the seconds of each turn.
 
-    def __init__(self, stopwatch: Stopwatch) -> None:
+    Args:
+        stopwatch: that measures.
+        num_steps: of a turn.
+        own: released when it is this training's turn.
+        other: likewise, the other training's.
+    """
+
+    def __init__(
+        self,
+        stopwatch: Stopwatch,
+        num_steps: int,
+        own: threading.Semaphore,
+        other: threading.Semaphore,
+    ) -> None:
         self._stopwatch = stopwatch
-        self.first_step = 0.0
+        self._num_steps = num_steps
+        self._own, self._other = own, other
+        self._began = (0.0, 0.0)
+        self.seconds: list[float] = []
+        self.wall_seconds: list[float] = []
 
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.first_step = self.first_step or self._stopwatch.now()
+    def on_step_begin(self, args: Any, state: TrainerState, *others: Any, **named: Any) -> None:
+        if state.global_step % self._num_steps == 0:
+            self._own.acquire()
+            self._began = (self._stopwatch.now(), time.perf_counter())
+
+    def on_step_end(self, args: Any, state: TrainerState, *others: Any, **named: Any) -> None:
+        if state.global_step % self._num_steps == 0:
+            self.seconds.append(self._stopwatch.now() - self._began[0])
+            self.wall_seconds.append(time.perf_counter() - self._began[1])
+            self._other.release()
 
 
 def update_cost(device: str, repeats: int, *, lora: bool) -> dict[str, float]:
@@ -118,22 +145,22 @@ def update_cost(device: str, repeats: int, *, lora: bool) -> dict[str, float]:
     }
 
 
-def run_cost(device: str, repeats: int, *, lora: bool, num_rounds: int) -> dict[str, float]:
-    """A recurrent run over a plain run with the same number of optimizer steps."""
+def run_cost(device: str, num_rounds: int, *, lora: bool) -> dict[str, float]:
+    """Rounds of a recurrent run over as many optimizer steps of a plain run, in turn."""
     options = RecurrentOptions()
-    inner = options.inner_steps * num_rounds
-    total = inner + options.outer_steps * num_rounds
+    inner, total = options.inner_steps, options.inner_steps + options.outer_steps
+    num_threads = torch.get_num_threads()
     stopwatch = Stopwatch(device)
-    data, memory = rows(total * BATCH_SIZE), rows(4 * BATCH_SIZE)
+    turns = threading.Semaphore(1), threading.Semaphore(0)
 
-    def seconds(steps: int, trainer_class: Any, **extra: Any) -> tuple[float, float, float]:
-        """Of all steps, of what comes before them, and the wall seconds of both."""
+    def train(trainer_class: Any, steps: int, clock: Turns, **extra: Any) -> None:
+        torch.set_num_threads(num_threads)  # each thread has a number of its own
         with tempfile.TemporaryDirectory() as output_dir:
             trainer = trainer_class(
                 t5_small(lora=lora),
                 TrainingArguments(
                     output_dir,
-                    max_steps=steps,
+                    max_steps=steps * (1 + num_rounds),
                     per_device_train_batch_size=BATCH_SIZE,
                     use_cpu=device == "cpu",
                     report_to="none",
@@ -143,32 +170,35 @@ def run_cost(device: str, repeats: int, *, lora: bool, num_rounds: int) -> dict[
                     dataloader_pin_memory=False,
                     optim="adamw_torch",
                 ),
-                train_dataset=data,
+                train_dataset=rows(steps * (1 + num_rounds) * BATCH_SIZE),
                 **extra,
             )
-            beginning = Beginning(stopwatch)
-            trainer.add_callback(beginning)
-            start, wall_start = stopwatch.now(), time.perf_counter()
+            trainer.add_callback(clock)
             trainer.train()
-            end, wall = stopwatch.now(), time.perf_counter() - wall_start
-            return end - beginning.first_step, beginning.first_step - start, wall
 
-    pairs = [
-        (
-            seconds(total, Trainer),
-            seconds(inner, RecurrentTrainer, memory=memory, recurrent=options),
-        )
-        for _ in range(repeats)
-    ]
+    plain = Turns(stopwatch, total, *turns)
+    recurrent = Turns(stopwatch, inner, *reversed(turns))
+    extra = {"memory": rows(4 * BATCH_SIZE), "recurrent": options}
+    with ThreadPoolExecutor(2) as pool:
+        runs = [
+            pool.submit(train, Trainer, total, plain),
+            pool.submit(train, RecurrentTrainer, inner, recurrent, **extra),
+        ]
+        for run in runs:
+            run.result()
+    pairs = list(zip(plain.seconds, recurrent.seconds, strict=True))[1:]
+    walls = list(zip(plain.wall_seconds, recurrent.wall_seconds, strict=True))[1:]
+    ratios = [found / expected for expected, found in pairs]
     return {
-        "plain_seconds": statistics.median(plain[0] for plain, _ in pairs),
-        "recurrent_seconds": statistics.median(recurrent[0] for _, recurrent in pairs),
-        "ratio": statistics.median(recurrent[0] / plain[0] for plain, recurrent in pairs),
-        "least_ratio": min(recurrent[0] / plain[0] for plain, recurrent in pairs),
-        "most_ratio": max(recurrent[0] / plain[0] for plain, recurrent in pairs),
-        "begin_seconds": statistics.median(recurrent[1] - plain[1] for plain, recurrent in pairs),
-        "wall_ratio": statistics.median(recurrent[2] / plain[2] for plain, recurrent in pairs),
+        "plain_seconds": statistics.median(expected for expected, _ in pairs),
+        "recurrent_seconds": statistics.median(found for _, found in pairs),
+        "ratio": statistics.median(ratios),
+        "least_ratio": min(ratios),
+        "most_ratio": max(ratios),
+        "wall_ratio": statistics.median(found / expected for expected, found in walls),
+        "first_round_ratio": recurrent.seconds[0] / plain.seconds[0],
         "steps": total,
+        "rounds": num_rounds,
     }
 
 
@@ -176,7 +206,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", choices=["lora", "all parameters"])
     parser.add_argument("--json", type=Path)
@@ -185,12 +215,13 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     results: dict[str, dict[str, float]] = {}
     for name, lora in (("lora", True), ("all parameters", False)):
-        device, repeats = arguments.device, arguments.repeats
         if arguments.only not in (None, name):
             continue
-        run = functools.partial(run_cost, num_rounds=arguments.rounds)
-        for work, measure in (("importance update", update_cost), ("recurrent run", run)):
-            figures = measure(device, repeats, lora=lora)
+        for work, measure, number in (
+            ("importance update", update_cost, arguments.repeats),
+            ("recurrent run", run_cost, arguments.rounds),
+        ):
+            figures = measure(arguments.device, number, lora=lora)
             results[f"{work}, {name}"] = figures
             shown = ", ".join(f"{key} {value:.6g}" for key, value in figures.items())
             print(f"{work}, {name}: {shown}", flush=True)
