@@ -14,7 +14,7 @@ from kifmerge.checkpoint.folder import Folder, as_folder
 from kifmerge.checkpoint.header import TensorInfo
 from kifmerge.checkpoint.provenance import check_format, read_details
 from kifmerge.checkpoint.snapshot import DETAIL_FILE, FORMAT, TENSOR_FILE, VERSION
-from kifmerge.checkpoint.source import FolderSource, Source
+from kifmerge.checkpoint.source import FolderSource, Source, peek
 from kifmerge.errors import CheckpointError, problem_list
 from kifmerge.tensor.importance import Score, score
 
@@ -58,6 +58,14 @@ class Scores:
         if not second:
             return values
         return score(values, self._source.read(second[0], start, stop), self._kind)
+
+    def peek(self, name: str, start: int, stop: int) -> Tensor | None:
+        """The same, out of turn."""
+        keys = self._find(name)
+        found = [v for key in keys if (v := peek(self._source, key, start, stop)) is not None]
+        if len(found) < len(keys):
+            return None
+        return found[0] if len(keys) == 1 else score(found[0], found[1], self._kind)
 
     def where(self, name: str) -> str:
         """The file."""

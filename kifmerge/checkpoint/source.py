@@ -10,7 +10,7 @@ import fnmatch
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from kifmerge.checkpoint.folder import (
 from kifmerge.checkpoint.header import PlacedTensor, TensorInfo, bytes_of, read_headers
 from kifmerge.checkpoint.provenance import read_details
 from kifmerge.errors import CheckpointError, problem_list
+from kifmerge.hub.folder import RemoteFile
 
 __all__ = ["FolderSource", "MemorySource", "Source", "TensorInfo", "open_source", "read_whole"]
 
@@ -67,6 +68,23 @@ class Source(Protocol):
         ...
 
 
+@runtime_checkable
+class Peekable(Protocol):
+    """A source of which a few elements can be read out of turn."""
+
+    def peek(self, name: str, start: int, stop: int) -> Tensor | None:
+        """What :meth:`Source.read` gives, but for a look at it: it has not been read then.
+
+        None where bytes are pulled in turn, and each once.
+        """
+        ...
+
+
+def peek(source: Source, name: str, start: int, stop: int) -> Tensor | None:
+    """A look at some elements, where the source allows it: see :class:`Peekable`."""
+    return source.peek(name, start, stop) if isinstance(source, Peekable) else None
+
+
 class MemorySource:
     """Tensors that live in memory; slices are views of contiguous ones.
 
@@ -100,6 +118,10 @@ class MemorySource:
         if not 0 <= start <= stop <= numel:
             raise IndexError(f"{name}: elements {start} to {stop} of {numel}")
         return flat[start:stop]
+
+    def peek(self, name: str, start: int, stop: int) -> Tensor:
+        """The same view."""
+        return self.read(name, start, stop)
 
     def where(self, name: str) -> str:
         """The label."""
@@ -192,16 +214,18 @@ class FolderSource:
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Read these elements alone, into memory of their own."""
         file, tensor = self._find(name)
-        if not 0 <= start <= stop <= tensor.info.numel:
-            raise IndexError(f"{name}: elements {start} to {stop} of {tensor.info.numel}")
-        values = torch.empty(stop - start, dtype=tensor.info.dtype)
-        if stop > start:
-            if name not in self._expected:
-                self.expect([name])
-            view = memoryview(bytes_of(values))
-            file.read_into(tensor.offset + start * values.itemsize, view)
+        if stop > start and name not in self._expected:
+            self.expect([name])
+        values = _read(file, name, tensor, start, stop)
         self.digests.feed(name, tensor.info, start, values)
         return values
+
+    def peek(self, name: str, start: int, stop: int) -> Tensor | None:
+        """Read these elements without a digest; None of a file that is not on this disk."""
+        file, tensor = self._find(name)
+        if isinstance(file, RemoteFile) and not file.is_here:
+            return None
+        return _read(file, name, tensor, start, stop)
 
     def expect(self, names: Iterable[str]) -> None:
         """Tell which tensors are going to be read; without it each is a surprise to the network."""
@@ -236,6 +260,16 @@ class FolderSource:
             return self._placed[name]
         except KeyError:
             raise CheckpointError(f"{self.directory} holds no tensor {name}") from None
+
+
+def _read(file: File, name: str, tensor: PlacedTensor, start: int, stop: int) -> Tensor:
+    if not 0 <= start <= stop <= tensor.info.numel:
+        raise IndexError(f"{name}: elements {start} to {stop} of {tensor.info.numel}")
+    values = torch.empty(stop - start, dtype=tensor.info.dtype)
+    if stop > start:
+        view = memoryview(bytes_of(values))
+        file.read_into(tensor.offset + start * values.itemsize, view)
+    return values
 
 
 def read_whole(source: Source, name: str) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kifmerge.checkpoint.header import TensorInfo
 from kifmerge.checkpoint.pieces import Piece, Range
-from kifmerge.checkpoint.source import Source
+from kifmerge.checkpoint.source import Source, peek
 from kifmerge.errors import CheckpointError
 from kifmerge.tensor.importance import all_finite
 
@@ -39,6 +39,10 @@ class FiniteSource:
             raise nonfinite_error(self, [Range(name, start, stop)], values)
         return values
 
+    def peek(self, name: str, start: int, stop: int) -> Tensor | None:
+        """Of the source, whatever it is."""
+        return peek(self._source, name, start, stop)
+
     def where(self, name: str) -> str:
         """Of the source."""
         return self._source.where(name)
@@ -65,6 +69,10 @@ class ZeroSource:
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Zeros."""
         return torch.zeros(stop - start, dtype=self.info(name).dtype)
+
+    def peek(self, name: str, start: int, stop: int) -> Tensor:
+        """Zeros."""
+        return self.read(name, start, stop)
 
     def where(self, name: str) -> str:
         """Nowhere."""

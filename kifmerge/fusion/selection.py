@@ -17,6 +17,7 @@ from kifmerge.checkpoint.pieces import Piece, Range, pieces, read_piece
 from kifmerge.checkpoint.ranks import ALONE, Ranks
 from kifmerge.checkpoint.source import Source
 from kifmerge.checkpoint.workers import Workers
+from kifmerge.fusion.sampling import guess_of_rank
 from kifmerge.tensor.fusion import normalise, score_bounds
 from kifmerge.tensor.selection import (
     Bracket,
@@ -28,7 +29,9 @@ from kifmerge.tensor.selection import (
     kth_smallest,
     mask_above,
     threshold_in,
+    threshold_rank,
 )
+from kifmerge.tensor.window import kth_smallest_near, threshold_near
 
 _Found = TypeVar("_Found")
 
@@ -110,7 +113,10 @@ def mark_important(
     ranks: Ranks = ALONE,
     bracket: Bracket | None = None,
 ) -> Marks:
-    """Find the exact thresholds of one side, in two passes; warns when nothing is important.
+    """Find the exact thresholds of one side; warns when nothing is important.
+
+    One threshold for all takes one pass where a sample of the scores leads to it, else two; as does
+    each of those by tensor.
 
     Args:
         scores: of all parameters.
@@ -129,12 +135,7 @@ def mark_important(
     common = None
     if scope == "global":
         names = _share(scores, scores.names(), ranks)
-        stream = ScoreStream(scores, names, num_workers=workers.num)
-        if bracket is None:
-            bracket = importance_bracket(
-                stream, important_fraction, reduce_counts=ranks.sum, spread=workers.map
-            )
-        common = threshold_in(bracket, stream, reduce_counts=ranks.sum, spread=workers.map)
+        common = _common_threshold(scores, names, important_fraction, workers, ranks, bracket)
         thresholds = dict.fromkeys(scores.names(), common)
     else:
         names = [name for name in scores.names() if scores.info(name).numel]
@@ -149,6 +150,33 @@ def mark_important(
         thresholds = {name: Threshold(*found[name]) for name in names}
     warn_of_equal(thresholds.values(), important_fraction, role)
     return Marks(scores, thresholds, None if common is None else common.value)
+
+
+def _common_threshold(
+    scores: Source,
+    names: Sequence[str],
+    important_fraction: float | str,
+    workers: Workers,
+    ranks: Ranks,
+    bracket: Bracket | None,
+) -> Threshold:
+    """Of all scores together, of which the named ones are this rank's."""
+    stream = ScoreStream(scores, names, num_workers=workers.num)
+    if bracket is None:
+        num_scores = sum(scores.info(name).numel for name in scores.names())
+        rank = threshold_rank(num_scores, important_fraction)
+        guess = guess_of_rank(scores, names, rank, num_scores, ranks)
+        found = None
+        if guess is not None:
+            found = threshold_near(
+                guess, stream, important_fraction, reduce_counts=ranks.sum, spread=workers.map
+            )
+        if found is not None:
+            return found
+        bracket = importance_bracket(
+            stream, important_fraction, reduce_counts=ranks.sum, spread=workers.map
+        )
+    return threshold_in(bracket, stream, reduce_counts=ranks.sum, spread=workers.map)
 
 
 def warn_of_equal(
@@ -232,7 +260,13 @@ def mark_largest(
         rank = _rank_of_density(total, density)
         own = _share(sizes, names, ranks)
         stream = ScoreStream(sizes, own, num_workers=workers.num)
-        value = kth_smallest(stream, rank, reduce_counts=ranks.sum, spread=workers.map)
+        guess, value = guess_of_rank(sizes, own, rank, total, ranks), None
+        if guess is not None:
+            value = kth_smallest_near(
+                guess, stream, rank, reduce_counts=ranks.sum, spread=workers.map
+            )
+        if value is None:
+            value = kth_smallest(stream, rank, reduce_counts=ranks.sum, spread=workers.map)
         return LargestMarks(dict.fromkeys(names, value))
     return LargestMarks(
         _of_each(

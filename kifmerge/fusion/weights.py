@@ -13,7 +13,7 @@ from torch import Tensor
 from kifmerge.checkpoint.device import send
 from kifmerge.checkpoint.header import TensorInfo
 from kifmerge.checkpoint.pieces import Piece, Range, read_piece
-from kifmerge.checkpoint.source import Source
+from kifmerge.checkpoint.source import Source, peek
 from kifmerge.errors import CheckpointError
 from kifmerge.fusion.checked import nonfinite_error
 from kifmerge.tensor.importance import all_finite
@@ -102,6 +102,13 @@ class VectorSizes:
         sizes = (model - parent).abs_()
         # NaN, where it is to be carried on, is in no order: it counts as the largest.
         return sizes.nan_to_num_(math.inf, math.inf) if self._weights.nonfinite == "keep" else sizes
+
+    def peek(self, name: str, start: int, stop: int) -> Tensor | None:
+        """Of these elements, out of turn; whatever they are."""
+        model, parent = (peek(s, name, start, stop) for s in (self._model, self._parent))
+        if model is None or parent is None:
+            return None
+        return (model.float() - parent.float()).abs_()
 
     def where(self, name: str) -> str:
         """The model's file."""

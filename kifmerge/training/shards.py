@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kifmerge.checkpoint.header import TensorInfo
 from kifmerge.checkpoint.ranks import Ranks
-from kifmerge.checkpoint.source import Source
+from kifmerge.checkpoint.source import Source, peek
 from kifmerge.checkpoint.workers import Workers
 from kifmerge.fusion.evidence import Evidence, ShowPiece
 from kifmerge.fusion.selection import Marks, ScoreStream, warn_of_equal
@@ -41,6 +41,12 @@ class Float32Source:
         """Some elements."""
         info = self.info(name)
         return self._source.read(name, start, stop).to(info.device, info.dtype)
+
+    def peek(self, name: str, start: int, stop: int) -> Tensor | None:
+        """The same, out of turn."""
+        values = peek(self._source, name, start, stop)
+        info = self.info(name)
+        return None if values is None else values.to(info.device, info.dtype)
 
     def where(self, name: str) -> str:
         """As it is."""
