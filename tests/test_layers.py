@@ -25,7 +25,7 @@ FACADE = "__init__"  # may name anything: it loads when asked
 ALLOWED_OUTSIDE = {
     "errors": set(),
     "tensor": {"torch", "numpy"},
-    "hub": {"huggingface_hub"},
+    "hub": {"huggingface_hub", "xxhash"},
     "checkpoint": {"torch", "numpy", "safetensors", "huggingface_hub", "filelock", "xxhash"},
 }
 HEAVY = {"torch", "transformers", "numpy", "pydantic", "safetensors", "yaml", "rich"}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import hashlib
-import secrets
 import threading
 from array import array
 from pathlib import Path
@@ -16,8 +15,6 @@ from kifmerge.errors import DamagedTransferError
 
 _READ_BYTES = 1 << 20
 _DIGEST_BYTES = 16
-# Nobody can make other bytes of the same digest.
-_SEED = secrets.randbits(64)
 _ADVICE = "Try again; if it goes on, a proxy or the disk damages them"
 
 
@@ -153,8 +150,8 @@ def _damaged(label: str, expected: str | None, content: Any) -> str:
 
 
 def _digest(content: Any) -> bytes:
-    """Of a part, to know it again: a small part of what a hash costs."""
-    return xxhash.xxh3_128_digest(content, seed=_SEED)
+    """Of a part alone, to know it again; the whole is what its SHA-256 vouches for."""
+    return xxhash.xxh3_128_digest(content)
 
 
 def _new_hash(size: int, sha256: str | None) -> Any:

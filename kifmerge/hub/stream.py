@@ -39,8 +39,8 @@ _number_of = operator.attrgetter("number")
 class _Run:
     """Ranges that follow one another, to be pulled block by block.
 
-    Files of a thousand gigabytes are told of before a byte is read: nothing is kept of each block
-    before its turn.
+    Thousands of gigabytes are told of before a byte is read: nothing is kept of each block before
+    its turn.
 
     Attributes:
         number: of its first block; they are counted as they will be read.

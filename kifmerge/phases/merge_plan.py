@@ -36,8 +36,9 @@ class MergePlan:
         num_parameters: elements of the output.
         num_unscored_tensors: those that no rule can judge.
         num_files: of the output.
-        weight_passes: how often the weights are read.
-        importance_passes: how often scores or masks are read.
+        weight_passes: how often the weights are read. A threshold is counted as two passes, of
+            which a sample of what lies on this disk mostly spares one, and may cost one.
+        importance_passes: how often scores or masks are read; likewise.
         read_bytes: in all, where no tensors without scores differ.
         write_bytes: of the output's weights.
         pulled_bytes: of weights, scores and masks that come over the network.

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import random
 import threading
+import time
 
 import folders
+import hub_merges
 import pytest
 import remote
 import torch
@@ -22,6 +24,7 @@ from kifmerge.hub.reference import parse_remote
 
 pytestmark = pytest.mark.slow  # hundreds of requests
 
+KINDS = ("resolve", "cdn")
 SHAPES = {
     "a.large": (1500, 1000),
     "b.small": (7,),
@@ -253,6 +256,100 @@ class TestStream:
         hub.fail(Fault(kind="cdn", method="GET", corrupt_file_at=100_000, times=None))
         with pytest.raises(DamagedTransferError):
             read_in_turn(source)
+
+
+class TestHeaders:
+    """Those of the shards are read several at a time, after the first."""
+
+    NUM_SHARDS = 17
+    AT_ONCE = 8
+
+    @pytest.fixture
+    def shards(self, tmp_path):
+        state = {f"t{number:02}": torch.arange(5) for number in range(self.NUM_SHARDS)}
+        return folders.save(tmp_path / "model", state, num_shards=self.NUM_SHARDS)
+
+    def shard(self, number):
+        return f"model-{number:05}-of-{self.NUM_SHARDS:05}.safetensors"
+
+    def asked(self, hub):
+        return [(r.kind, r.file) for r in hub.log if (r.file or "").endswith(".safetensors")]
+
+    def test_are_read_several_at_a_time(self, hub, shards):
+        folder = remote.folder(hub, shards)
+        together, lock, now, most = threading.Barrier(self.AT_ONCE), threading.Lock(), [0], [0]
+
+        def hold(row):
+            if row.kind != "resolve" or row.file in (self.shard(1), None):
+                return
+            if not row.file.endswith(".safetensors"):
+                return
+            with lock:
+                now[0] += 1
+                most[0] = max(most[0], now[0])
+            together.wait(20)
+            time.sleep(0.03)
+            with lock:
+                now[0] -= 1
+
+        with hub_merges.at_each_request(hub, hold):
+            source = open_source(folder)
+        assert most[0] == self.AT_ONCE
+        assert (source.names(), source.files) == (
+            open_source(shards).names(), open_source(shards).files,
+        )  # fmt: skip
+        every = [(kind, self.shard(1 + n)) for n in range(self.NUM_SHARDS) for kind in KINDS]
+        assert sorted(self.asked(hub)) == sorted(every)
+        assert self.asked(hub)[:2] == every[:2]  # alone
+
+    @pytest.mark.parametrize("status", [401, 403, 404])
+    def test_where_access_is_refused_it_is_asked_for_once(self, hub, shards, status):
+        folder = remote.folder(hub, shards)
+        hub.fail(Fault(kind="resolve", match="*.safetensors", status=status, times=None))
+        with pytest.raises(CheckpointError, match=self.shard(1)):
+            open_source(folder)
+        assert self.asked(hub) == [("resolve", self.shard(1))]
+
+    def test_the_first_problem_in_order_is_told(self, hub, shards):
+        (shards / self.shard(3)).write_bytes(b"\xff" * 100)
+        folder = remote.folder(hub, shards)
+        hub.fail(Fault(match=self.shard(3), kind="cdn", stall_at=0, stall_seconds=0.3))
+        hub.fail(Fault(match=self.shard(5), kind="resolve", status=403))
+        with pytest.raises(CheckpointError, match=f"{self.shard(3)}: truncated"):
+            open_source(folder)
+        rows = {row.file: row for row in hub.log if row.fault}
+        assert rows[self.shard(5)].status == 403
+
+    def test_a_hub_that_asks_for_patience(self, hub, shards, monkeypatch):
+        remote.be_quick(monkeypatch)
+        folder = remote.folder(hub, shards)
+        for kind in KINDS:
+            too_many = {"status": 429, "retry_after": 0.05, "skip": 3, "times": 12}
+            hub.fail(Fault(kind=kind, match="*.safetensors", **too_many))
+        assert open_source(folder).names() == open_source(shards).names()
+        assert sum(row.status == 429 for row in hub.log) == 24
+
+    def test_whole_files_come_one_after_the_other(self, hub, shards, monkeypatch):
+        hub_merges.be_small(monkeypatch)
+        hub.fail(Fault(kind="cdn", ignore_range=True, times=None))
+        source = open_source(remote.folder(hub, shards, fetch="auto"))
+        assert source.names() == open_source(shards).names()
+        files = [file for _, file in self.asked(hub)]
+        assert files == sorted(files)
+
+    def test_ctrl_c_ends_it_at_once(self, hub, shards):
+        folder = remote.folder(hub, shards)
+        hub.fail(Fault(kind="cdn", stall_at=0, stall_seconds=2, skip=1, times=None))
+        timer = threading.Timer(0.5, hub_merges.press_ctrl_c)
+        timer.start()
+        begun = time.monotonic()
+        with hub_merges.nothing_left_running():
+            with pytest.raises(KeyboardInterrupt):
+                open_source(folder)
+            assert time.monotonic() - begun < 1.5
+            timer.join()
+        # None was begun beside those that were on their way.
+        assert len({file for _, file in self.asked(hub)}) == 1 + self.AT_ONCE
 
 
 def read_in_turn(source):

@@ -18,6 +18,7 @@ from kifmerge.checkpoint.source import FolderSource, open_source
 from kifmerge.fusion.fetching import Reading, Settled, settle
 from kifmerge.hub.folder import HubFolder, open_hub_folder
 from kifmerge.hub.reference import Reference
+from kifmerge.hub.stream import stream_bytes
 
 SHAPES = {"a": (1000, 250), "b": (1000, 250), "c": (1000, 250), "d": (10,)}
 TENSOR_BYTES = 1_000_000
@@ -191,6 +192,15 @@ class TestSparingTheDisk:
             "stream",
             f"no model is kept on this disk; it is pulled {times}",
         )
+
+    def test_memory_of_a_stream(self, hub: LoopbackHub, model: Path) -> None:
+        source = opened(hub)
+        found = settled(source, spare_disk=True)
+        assert isinstance(source.directory, HubFolder)
+        num_bytes = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+        block_bytes = source.directory.shelf.block_bytes
+        assert found.buffer_bytes == stream_bytes(num_bytes, block_bytes) > 4 * block_bytes
+        assert settled(opened(hub)).buffer_bytes == 0
 
     def test_even_in_another_order(self, hub: LoopbackHub) -> None:
         assert settled(opened(hub), ["c", "a", "d", "b"], spare_disk=True).fetch == "stream"

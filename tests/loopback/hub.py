@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from loopback.listener import Listener
 from loopback.log import Row
 from loopback.reads import Reads
 from loopback.routes import Routes
-from loopback.store import Commit, Entry, Repo, Store, sha256_of
+from loopback.store import Commit, Entry, Repo, Store, is_lfs, sha256_of
 from loopback.writes import Writes
 
 WRITE_TOKEN = "loopback-token-that-may-write"
@@ -137,6 +138,33 @@ class LoopbackHub:
         for path, source in files.items():
             add = self._store.add_file if isinstance(source, Path) else self._store.add_bytes
             entries[path] = add(path, source)  # type: ignore[arg-type]
+        return self._put(repo_id, entries, kind, branch, private=private, gated=gated)
+
+    def add_holes(self, repo_id: str, folder: Path) -> str:
+        """Commit a folder of files that are mostly a hole, too large to be hashed; return its id.
+
+        Large files are moved to the store, under a hash that is none of theirs.
+        """
+        entries: dict[str, Entry] = {}
+        for path in sorted(folder.iterdir()):
+            if is_lfs(path.name, path.stat().st_size):
+                named = hashlib.sha256(f"{repo_id}/{path.name}".encode()).hexdigest()
+                self._store.keep_object(path, named)
+                entries[path.name] = self._store.lfs_entry(named)
+            else:
+                entries[path.name] = self._store.add_file(path.name, path)
+        return self._put(repo_id, entries, "model", "main")
+
+    def _put(
+        self,
+        repo_id: str,
+        entries: Mapping[str, Entry],
+        kind: str,
+        branch: str,
+        *,
+        private: bool = False,
+        gated: bool = False,
+    ) -> str:
         with self._store.lock:
             repo = self._store.find(repo_id, kind)
             if repo is None:

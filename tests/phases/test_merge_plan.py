@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -233,6 +235,26 @@ def test_of_a_model_of_671_billion_parameters(tmp_path):
     assert plan["read_bytes"] == 3 * model.num_bytes
     assert plan["peak_memory_bytes"] <= 450_000_000
     assert seconds < MOST_SECONDS
+
+
+@pytest.mark.slow
+def test_of_a_model_of_671_billion_parameters_on_the_hub(tmp_path, hub):
+    """What is not read yet takes no memory but for headers, which cost two requests a file."""
+    model = large_headers.deepseek_v3()
+    for name in ("base", "a", "b"):
+        hub.add_holes(f"org/{name}", large_headers.write(tmp_path / name, model))
+    done = subprocess.run(
+        [sys.executable, "-m", "kifmerge", "merge", "--rule", "task-arithmetic",
+         "--base", "org/base", "--model", "org/a", "--model", "org/b", "--fetch", "stream",
+         "--out", str(tmp_path / "out"), "--dry-run", "--json"],
+        capture_output=True, text=True, check=True, env={**os.environ, **hub.env},
+    )  # fmt: skip
+    plan = json.loads(done.stdout)
+    assert plan["write_bytes"] == model.num_bytes
+    assert plan["pulled_bytes"] == 3 * model.num_bytes
+    assert plan["peak_memory_bytes"] <= 540_000_000
+    asked = Counter(row.kind for row in hub.log if (row.file or "").endswith(".safetensors"))
+    assert asked == {"resolve": 3 * 163, "cdn": 3 * 163}
 
 
 def test_of_a_model_in_float8_says_what_to_take_instead(tmp_path):
