@@ -3,6 +3,10 @@
 # make bench-merge  what merges cost beside other tools, which it installs; 45 GB in $TMPDIR
 PYTHON ?= .venv/bin/python
 
+# A process per processor, up to eight: each of them holds about 1 GB, most of it torch and
+# transformers. Each is given a run of neighbouring tests, which share what their file has made.
+PARALLEL = --numprocesses logical --maxprocesses 8 --dist worksteal
+
 .PHONY: setup demo test test-fast lint format bench bench-merge
 
 setup: .venv/ready
@@ -18,10 +22,10 @@ demo: setup
 	.venv/bin/kifmerge demo
 
 test: setup lint
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest $(PARALLEL)
 
 test-fast: setup
-	$(PYTHON) -m pytest -m 'not slow'
+	$(PYTHON) -m pytest $(PARALLEL) -m 'not slow'
 
 lint: setup
 	$(PYTHON) -m ruff format --check .

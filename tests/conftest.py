@@ -1,7 +1,8 @@
-"""What all tests share: patient hypothesis, no network, Ctrl-C, and where real data may be."""
+"""What all tests share: patient hypothesis, no network, few threads, Ctrl-C, where real data is."""
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import signal
@@ -14,6 +15,9 @@ from hypothesis import settings
 from loopback import LoopbackHub
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Every processor has a process of its own already; the tests' own models set one thread too.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 collect_ignore = ["loopback"]
 
@@ -28,6 +32,12 @@ settings.load_profile("kifmerge")
 DATA_DIR = Path(
     os.environ.get("KIFMERGE_DATA", Path(__file__).parents[2] / "shared" / "data")
 ).absolute()
+
+
+def pytest_collection_finish() -> None:
+    """Keep modules and tests out of garbage collection: every Trainer ends with a whole one."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -75,7 +85,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
         monkeypatch.setattr(bars, "HF_HUB_DISABLE_PROGRESS_BARS", True)
         _forget_connections(close_session)
         yield server
-        _forget_connections(close_session)
+    # After the server: a connection that is being opened while the client is closed stays open.
+    _forget_connections(close_session)
 
 
 def _forget_connections(close_session: Callable[[], None]) -> None:

@@ -154,6 +154,30 @@ def fork(work: Callable[[Callable[[Any], None]], None], on_change: OnChange | No
         os._exit(code)
 
 
+def dies_at(owner: Any, name: str, call: int, work: Callable[[], Any]) -> bool:
+    """Run a function in a process that dies when ``owner.name`` is called for the given time.
+
+    Returns:
+        Whether it died; False if the function ended before.
+    """
+    method, calls = getattr(owner, name), 0
+
+    def dying(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            die()
+        return method(*arguments, **options)
+
+    def run(say: Callable[[Any], None]) -> None:
+        setattr(owner, name, dying)
+        work()
+
+    ended = fork(run).end()
+    assert ended.code in {0, -signal.SIGKILL}
+    return ended.code != 0
+
+
 def die() -> None:
     """End this process at once, with all its threads."""
     os.kill(os.getpid(), signal.SIGKILL)

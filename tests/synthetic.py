@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import faults
 import torch
 import yaml
 
@@ -91,6 +92,15 @@ def write_recipe(
 def run(recipe_path: Path, out: Path, settings: Sequence[str] = (), **options: Any) -> Report:
     """Run a recipe file."""
     return run_recipe(load_recipe(recipe_path, settings), out, **options)
+
+
+def kill_run(recipe_path: Path, out: Path, owner: Any, name: str, call: int) -> bool:
+    """Begin or resume a run that dies when ``owner.name`` is called for the given time.
+
+    Returns:
+        Whether it died; False if the run ended before.
+    """
+    return faults.dies_at(owner, name, call, lambda: run(recipe_path, out, resume=out.exists()))
 
 
 def files(directory: Path) -> dict[str, bytes]:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import shutil
-import signal
 from pathlib import Path
 
+import faults
 import pytest
 import synthetic
 from typer.testing import CliRunner
@@ -132,21 +130,6 @@ class Chain:
 
     def round(self, number: int) -> Path:
         return self.folder / f"round-{number}"
-
-
-def _die_at_step(number, arguments):
-    """In a process of its own: call the command line, and die at the given optimizer step."""
-    admits, calls = GradientGuard.admits, 0
-
-    def dying(*args, **options):
-        nonlocal calls
-        calls += 1
-        if calls == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return admits(*args, **options)
-
-    GradientGuard.admits = dying
-    kifmerge(*arguments)
 
 
 def weights(folder: Path) -> bytes:
@@ -274,12 +257,9 @@ class TestSteps:
             "--data", one_round.data / "sizes-train.jsonl", "--quiet", "--json", "--out",
         ]  # fmt: skip
         kifmerge(*arguments, tmp_path / "whole")
-        process = multiprocessing.get_context("fork").Process(
-            target=_die_at_step, args=(8, [*arguments, tmp_path / "killed"])
+        assert faults.dies_at(
+            GradientGuard, "admits", 8, lambda: kifmerge(*arguments, tmp_path / "killed")
         )
-        process.start()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
         assert not (tmp_path / "killed").exists()
         (step,) = tmp_path.glob("killed.*.training/step-*")
         assert step.name == "step-00000006"

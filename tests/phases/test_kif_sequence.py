@@ -9,7 +9,6 @@ import pytest
 import safetensors.torch
 import synthetic
 import torch
-from test_resumable import kill
 
 from kifmerge.checkpoint.units import read_units
 from kifmerge.errors import CheckpointError
@@ -236,7 +235,7 @@ def test_killed_and_resumed_run_is_the_same(whole, tmp_path, moment):
     kind, path, expected = whole
     owner, name, call = MOMENTS[moment]
     call = call[kind] if isinstance(call, dict) else call
-    assert kill(path, tmp_path / "run", owner, name, call)
+    assert synthetic.kill_run(path, tmp_path / "run", owner, name, call)
     synthetic.run(path, tmp_path / "run", resume=True)
     assert artifacts(tmp_path / "run") == expected
     assert not [f for f in tmp_path.rglob("*") if "unfinished" in f.name or "training" in f.suffix]
@@ -246,7 +245,7 @@ def test_killed_and_resumed_run_is_the_same(whole, tmp_path, moment):
 def test_goes_on_inside_a_pass_where_it_stood(tmp_path, monkeypatch):
     path = recipe(tmp_path, tasks=TASKS[:2], methods=["kif-m"])
     synthetic.run(path, tmp_path / "whole")
-    assert kill(path, tmp_path / "run", FrozenElements, "on_optimizer_step", 4)
+    assert synthetic.kill_run(path, tmp_path / "run", FrozenElements, "on_optimizer_step", 4)
     (step,) = (tmp_path / "run/kif-m/seed-0").glob("*.training/memory/step-*")
     assert step.name == "step-00000003"
     steps = []

@@ -354,10 +354,10 @@ class TestInputs:
     @pytest.mark.parametrize(
         ("given", "match"),
         [
-            ({}, "from an importance snapshot or from skill units"),
-            ({"importance", "units"}, "from an importance snapshot or from skill units"),
-            ({"importance", "model"}, "both a model and its base"),
-            ({"units"}, "units tell no shapes: a mask of them takes a model and its base"),
+            ((), "from an importance snapshot or from skill units"),
+            (("importance", "units"), "from an importance snapshot or from skill units"),
+            (("importance", "model"), "both a model and its base"),
+            (("units",), "units tell no shapes: a mask of them takes a model and its base"),
         ],
         ids=str,
     )  # fmt: skip

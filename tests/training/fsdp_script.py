@@ -5,6 +5,7 @@ The same training runs in the test itself, on one process with the whole batch.
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import sys
@@ -299,4 +300,5 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # every Trainer ends with a whole garbage collection
     main(Path(sys.argv[1]))

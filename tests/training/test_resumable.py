@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
-import signal
 
 import pytest
 import synthetic
@@ -62,32 +59,6 @@ def lora(folder):
     return path, synthetic.weights(folder / "lora")
 
 
-def _killed_run(path, out, owner, name, call):
-    """In a process of its own: run until ``owner.name`` is called for the given time, then die."""
-    method, calls = getattr(owner, name), 0
-
-    def dying(*args, **kwargs):
-        nonlocal calls
-        calls += 1
-        if calls == call:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return method(*args, **kwargs)
-
-    setattr(owner, name, dying)
-    synthetic.run(path, out, resume=out.exists())
-
-
-def kill(path, out, owner, name, call):
-    """Whether the run was killed; False if it ended before."""
-    process = multiprocessing.get_context("fork").Process(
-        target=_killed_run, args=(path, out, owner, name, call)
-    )
-    process.start()
-    process.join()
-    assert process.exitcode in (0, -signal.SIGKILL)
-    return process.exitcode != 0
-
-
 MOMENTS = {
     "optimizer step of the first task": (GradientGuard, "admits", 5),
     "inner step of the first round": (RecurrentLoop, "count_inner_step", 1),
@@ -108,7 +79,7 @@ MOMENTS = {
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_killed_and_resumed_run_is_the_same(request, tmp_path, kind, moment):
     path, expected = request.getfixturevalue(kind)
-    assert kill(path, tmp_path / "run", *MOMENTS[moment])
+    assert synthetic.kill_run(path, tmp_path / "run", *MOMENTS[moment])
     synthetic.run(path, tmp_path / "run", resume=True)
     assert synthetic.weights(tmp_path / "run") == expected
     assert not [f for f in tmp_path.rglob("*") if "unfinished" in f.name or "training" in f.suffix]
@@ -119,7 +90,7 @@ def test_killed_again_and_again(full, tmp_path):
     path, expected = full
     num_kills = 0
     for call in range(1, 20):
-        if not kill(path, tmp_path / "run", GradientGuard, "admits", call % 5 + 3):
+        if not synthetic.kill_run(path, tmp_path / "run", GradientGuard, "admits", call % 5 + 3):
             break
         num_kills += 1
     assert num_kills > 3
@@ -128,7 +99,7 @@ def test_killed_again_and_again(full, tmp_path):
 
 def test_goes_on_where_it_stood(full, tmp_path, monkeypatch):
     path, _ = full
-    assert kill(path, tmp_path / "run", RecurrentLoop, "count_inner_step", 8)
+    assert synthetic.kill_run(path, tmp_path / "run", RecurrentLoop, "count_inner_step", 8)
     counted = []
     original = RecurrentLoop.count_inner_step
     monkeypatch.setattr(
@@ -181,7 +152,7 @@ class TestKeptOptimizer:
     def test_is_the_same_after_a_kill(self, full, tmp_path):
         path = recipe(tmp_path, training={**TRAINING, "optimizer_state": "kept"})
         synthetic.run(path, tmp_path / "whole")
-        assert kill(path, tmp_path / "run", RecurrentLoop, "count_inner_step", 7)
+        assert synthetic.kill_run(path, tmp_path / "run", RecurrentLoop, "count_inner_step", 7)
         synthetic.run(path, tmp_path / "run", resume=True)
         assert synthetic.weights(tmp_path / "run") == synthetic.weights(tmp_path / "whole")
 
@@ -204,7 +175,7 @@ class TestKeptOptimizer:
 class TestState:
     def test_of_another_training_is_refused(self, full, folder, tmp_path):
         path, _ = full
-        assert kill(path, tmp_path / "run", RecurrentLoop, "count_inner_step", 5)
+        assert synthetic.kill_run(path, tmp_path / "run", RecurrentLoop, "count_inner_step", 5)
         (state,) = (tmp_path / "run").rglob("state.json")
         identity = json.loads(state.read_text())["identity"]
         assert read_state(state.parent, identity)["step"] == 4
@@ -215,7 +186,7 @@ class TestState:
     @pytest.mark.parametrize("name", ["optimizer.safetensors", "rng.safetensors", "state.json"])
     def test_damaged_file_is_named(self, full, tmp_path, name):
         path, _ = full
-        assert kill(path, tmp_path / "run", RecurrentLoop, "count_inner_step", 5)
+        assert synthetic.kill_run(path, tmp_path / "run", RecurrentLoop, "count_inner_step", 5)
         (state,) = (tmp_path / "run").rglob("state.json")
         whole = (state.parent / name).read_bytes()
         (state.parent / name).write_bytes(whole[: len(whole) // 2])
@@ -224,7 +195,7 @@ class TestState:
 
     def test_of_a_newer_version_is_refused(self, full, tmp_path):
         path, _ = full
-        assert kill(path, tmp_path / "run", RecurrentLoop, "count_inner_step", 5)
+        assert synthetic.kill_run(path, tmp_path / "run", RecurrentLoop, "count_inner_step", 5)
         (state,) = (tmp_path / "run").rglob("state.json")
         content = json.loads(state.read_text())
         state.write_text(json.dumps({**content, "version": 2}))

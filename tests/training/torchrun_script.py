@@ -5,6 +5,7 @@ One launch makes all the runs, because starting the processes costs more than th
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import sys
@@ -182,4 +183,5 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # every Trainer ends with a whole garbage collection
     main(Path(sys.argv[1]))
