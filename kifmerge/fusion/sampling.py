@@ -6,11 +6,12 @@ It decides how often the scores are read, and never what is found.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from kifmerge.checkpoint.pieces import Range
 from kifmerge.checkpoint.ranks import Ranks
 from kifmerge.checkpoint.source import Source, peek
 from kifmerge.tensor.selection import kth_smallest
@@ -47,26 +48,41 @@ def guess_of_rank(
     if sample is None or num_without or not num_sampled:
         return None
     own_rank = min(max(math.ceil(rank * num_sampled / num_scores), 1), num_sampled)
-    return kth_smallest([sample], own_rank, reduce_counts=ranks.sum)
+    if ranks.size > 1:
+        return kth_smallest([sample], own_rank, reduce_counts=ranks.sum)
+    values = sample.numpy()
+    values.partition(own_rank - 1)  # in place: counting takes memory that a merge has not planned
+    return float(values[own_rank - 1])
 
 
 def _sample(scores: Source, names: Sequence[str], num_scores: int) -> Tensor | None:
+    stretches = [*_stretches(scores, names, num_scores)]
+    # Filled in one place: what is kept of each would break up the memory of all that comes after.
+    sample = torch.empty(sum(stretch.stop - stretch.start for stretch in stretches))
+    filled = 0
+    for stretch in stretches:
+        values = peek(scores, *stretch)
+        if values is None or values.device.type != "cpu":
+            return None
+        sample[filled : filled + values.numel()] = values
+        filled += values.numel()
+    return sample
+
+
+def _stretches(scores: Source, names: Sequence[str], num_scores: int) -> Iterator[Range]:
     """The same share of every tensor: in one stretch of each stride, or of a smaller tensor."""
     stride = max(num_scores // _NUM_STRETCHES, _LEAST_STRIDE)
     share = min(1 / _LEAST_SPARSE, _SAMPLE_NUMEL / num_scores)
-    found = [torch.empty(0)]
+    number = 0
     for name in names:
         numel = scores.info(name).numel
         num_blocks = max(numel // stride, min(numel, 1))
         for block in range(num_blocks):
             first, stop = (numel * index // num_blocks for index in (block, block + 1))
-            stretch = max(round(share * (stop - first)), 1)
-            start = first + _shift(len(found), stop - first - stretch)
-            values = peek(scores, name, start, start + stretch)
-            if values is None or values.device.type != "cpu":
-                return None
-            found.append(values.float())
-    return torch.cat(found)
+            length = max(round(share * (stop - first)), 1)
+            start = first + _shift(number, stop - first - length)
+            yield Range(name, start, start + length)
+            number += 1
 
 
 def _shift(number: int, most: int) -> int:

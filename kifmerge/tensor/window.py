@@ -21,7 +21,11 @@ from kifmerge.tensor.selection import CountReduction, Part, Spread, Threshold, t
 # half of that. Measured: with more of them finding those within takes longer than all the rest.
 WINDOW_NUMEL = 1 << 18
 _INFINITY_BITS = 0x7F800000
-_BATCH_NUMEL = 1 << 20
+_BATCH_NUMEL = 1 << 18
+# What is looked at together stays in cache. Where more than a sixteenth of it is in the window,
+# values are counted rather than noted.
+_CHUNK_NUMEL = 1 << 17
+_LEAST_SPARSE = 16
 _MOST_PASSES = 2
 # So many windows away values may lie otherwise.
 _FARTHEST = 16
@@ -144,15 +148,19 @@ def _count(
 ) -> _Window:
     counts = torch.zeros(WINDOW_NUMEL, dtype=torch.int64)
     totals = torch.zeros(3, dtype=torch.int64)
-    batch, batch_numel = [torch.empty(0, dtype=torch.int64)], 0
+    # Noted in one place: what is kept of each part would break up the memory of the next ones.
+    batch, num_noted = torch.empty(_BATCH_NUMEL, dtype=torch.int64), 0
     for found in spread(lambda part: _look(part, first), scores):
         totals += found[:3]
-        batch.append(found[3:])
-        batch_numel += found.numel()
-        if batch_numel > _BATCH_NUMEL:
-            counts += torch.bincount(torch.cat(batch), minlength=WINDOW_NUMEL)
-            batch, batch_numel = batch[:1], 0
-    counts += torch.bincount(torch.cat(batch), minlength=WINDOW_NUMEL)
+        single, counted = found[4:].split([int(found[3]), found.numel() - 4 - int(found[3])])
+        counts.index_add_(0, *counted.view(2, -1))
+        for places in single.split(_BATCH_NUMEL):
+            if num_noted + places.numel() > _BATCH_NUMEL:
+                counts += torch.bincount(batch[:num_noted], minlength=WINDOW_NUMEL)
+                num_noted = 0
+            batch[num_noted : num_noted + places.numel()] = places
+            num_noted += places.numel()
+    counts += torch.bincount(batch[:num_noted], minlength=WINDOW_NUMEL)
     if reduce_counts is not None:
         counts, totals = reduce_counts(counts), reduce_counts(totals)
     num_values, num_above, num_odd = totals.tolist()
@@ -160,20 +168,32 @@ def _count(
 
 
 def _look(part: Part, first: int) -> Tensor:
-    """How many values, how many beyond the window, whether any is odd; places within the window."""
+    """What a pass sees of a part, in one int64 tensor.
+
+    How many values; how many beyond the window; how many odd; and how many places follow, one for
+    each value within. Where these are very many they are counted at once: behind the others lie
+    places that are taken, and as many numbers of those who have them.
+    """
     values = part if isinstance(part, Tensor) else part()
     if values.device.type != "cpu":
-        return torch.tensor([0, 0, 1])
-    bits = values.detach().reshape(-1).float().contiguous().numpy().view(np.uint32)
-    if not bits.size:
-        return torch.zeros(3, dtype=torch.int64)
-    places = bits - np.uint32(first)  # of values below the window they wrap around
-    within = np.flatnonzero(places < WINDOW_NUMEL)
-    num_above = np.count_nonzero(bits >= np.uint32(first + WINDOW_NUMEL))
-    # The bits of NaN, and of all that has a sign, are beyond those of infinity.
-    is_odd = int(bits.max()) > _INFINITY_BITS
-    head = np.array([bits.size, num_above, is_odd], dtype=np.int64)
-    return torch.from_numpy(np.concatenate([head, places[within]]))
+        return torch.tensor([0, 0, values.numel(), 0])
+    num_above = num_odd = 0
+    single, taken, numbers = [], [], []
+    for chunk in values.detach().reshape(-1).split(_CHUNK_NUMEL):
+        bits = chunk.float().contiguous().numpy().view(np.uint32)
+        places = bits - np.uint32(first)  # of values below the window they wrap around
+        is_within = places < WINDOW_NUMEL
+        num_above += int(np.count_nonzero(bits >= np.uint32(first + WINDOW_NUMEL)))
+        # The bits of NaN, and of all that has a sign, are beyond those of infinity.
+        num_odd += bits.size > 0 and int(bits.max()) > _INFINITY_BITS
+        if np.count_nonzero(is_within) * _LEAST_SPARSE <= bits.size:
+            single.append(places[np.flatnonzero(is_within)])
+            continue
+        found = np.bincount(places[is_within])
+        taken.append(np.flatnonzero(found))
+        numbers.append(found[taken[-1]])
+    head = [values.numel(), num_above, num_odd, sum(places.size for places in single)]
+    return torch.from_numpy(np.concatenate([np.array(head), *single, *taken, *numbers]))
 
 
 def _first_bits(guess: float) -> int:
