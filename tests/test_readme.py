@@ -10,26 +10,15 @@ from pathlib import Path
 import folders
 import pytest
 import synthetic
+import tiny
 import torch
 import typer.testing
 
 from kifmerge.cli import app
-from kifmerge.models.model import ModelOptions
 from kifmerge.models.scratch import make_base
-from kifmerge.models.tokenizer import TokenizerOptions
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-HUB_MODEL = ModelOptions(
-    kind="causal-lm",
-    config={
-        "model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "max_position_embeddings": 64,
-    },
-    tokenizer=TokenizerOptions(kind="bytes", vocabulary_size=280),
-)  # fmt: skip
 
 
 def blocks(language):
@@ -108,7 +97,7 @@ def test_hub_commands_of_the_readme_run(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "hub").mkdir()
     for seed, name in enumerate(["base", "animals", "kitchen"]):
-        make_base(HUB_MODEL, ["the fox runs", "a pan of soup"], tmp_path / name, seed=seed)
+        make_base(tiny.BYTE_LLAMA, ["the fox runs", "a pan of soup"], tmp_path / name, seed=seed)
         hub.add_repo(f"org/{name}", tmp_path / name)
         row = {"instruction": "What is it?", "output": name}
         synthetic.write_rows(tmp_path / f"hub/{name}.jsonl", [row] * 8)

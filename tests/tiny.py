@@ -21,6 +21,8 @@ from transformers import (
     TrainingArguments,
 )
 
+from kifmerge.models.model import ModelOptions
+from kifmerge.models.tokenizer import TokenizerOptions
 from kifmerge.training.presets import RecurrentOptions
 from kifmerge.training.trainer import RecurrentTrainer
 
@@ -30,6 +32,15 @@ LABELS = 3
 
 # These models are too small to gain by threads, and one thread adds up in one order.
 torch.set_num_threads(1)
+
+BYTE_LLAMA = ModelOptions(
+    kind="causal-lm",
+    config={
+        "model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "max_position_embeddings": 64,
+    },
+    tokenizer=TokenizerOptions(kind="bytes", vocabulary_size=280),
+)  # fmt: skip
 
 
 def llama(seed: int = 0, **config: Any) -> PreTrainedModel:

@@ -140,7 +140,8 @@ class _Window:
         if abs(beyond) > _FARTHEST * self.num_within:
             return None
         edge = self.first + (WINDOW_NUMEL if rank > 0 else 0)
-        return _first_bits(_float_of(max(edge + round(beyond / density), 0)))
+        bits = min(max(edge + round(beyond / density), 0), _INFINITY_BITS)
+        return _first_bits(_float_of(bits))
 
 
 def _count(

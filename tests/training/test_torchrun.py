@@ -12,23 +12,13 @@ import merges
 import pytest
 import ranked
 import synthetic
+import tiny
 import torch
 from merges import Files
 from transformers import LlamaForCausalLM
 
 from kifmerge.checkpoint.snapshot import read_snapshot
-from kifmerge.models.model import ModelOptions
 from kifmerge.models.scratch import make_base
-from kifmerge.models.tokenizer import TokenizerOptions
-
-MODEL = ModelOptions(
-    kind="causal-lm",
-    config={
-        "model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "max_position_embeddings": 64,
-    },
-    tokenizer=TokenizerOptions(kind="bytes", vocabulary_size=280),
-)  # fmt: skip
 
 
 def merge(new):
@@ -69,7 +59,7 @@ def test_error_is_told_once(tmp_path):
 
 @pytest.mark.slow
 def test_importance(tmp_path, monkeypatch):
-    make_base(MODEL, ["the fox runs"], tmp_path / "model", seed=0)
+    make_base(tiny.BYTE_LLAMA, ["the fox runs"], tmp_path / "model", seed=0)
     rows = ["the fox runs", "a pan of soup", "bread", "a red ~ fox", "milk", "two geese", "salt"]
     data = [{"instruction": f"What is {row}?", "output": row} for row in rows]
     synthetic.write_rows(tmp_path / "rows.jsonl", data)
@@ -99,7 +89,7 @@ def test_importance(tmp_path, monkeypatch):
 
 def test_smoothing_is_left_to_one_process(tmp_path):
     synthetic.write_rows(tmp_path / "rows.jsonl", [{"instruction": "a", "output": "b"}])
-    make_base(MODEL, ["the fox runs"], tmp_path / "model", seed=0)
+    make_base(tiny.BYTE_LLAMA, ["the fox runs"], tmp_path / "model", seed=0)
     told = ranked.command(
         2,
         ["importance", "--model", tmp_path / "model", "--data", tmp_path / "rows.jsonl",
