@@ -19,20 +19,20 @@ from kifmerge.fusion.fetching import Settled
 # here. tests/bench/plan_error.py measures them again.
 MEASURED_ON = "AMD EPYC, November 2026"
 # Per byte of the output: from float32 to its dtype, hashing, and the way to the disk.
-WRITE_NS = 1.8
+WRITE_NS = 1.0
 # Per byte of scores, each time that they are read: reading, and counting or comparing.
-SCORE_NS = 0.38
+SCORE_NS = 0.2
 # Per parameter of each model that is merged: reading it, its part of a base, and the rule.
 MODEL_NS: Mapping[str, float] = {
-    "linear": 1.2,
-    "average": 1.8,
+    "linear": 1.0,
+    "average": 1.4,
     "task-arithmetic": 1.7,
-    "magmax": 2.3,
-    "ties": 8.8,
-    "recurrent-kif": 3.9,
-    "recurrent-kif-adaptive": 4.1,
-    "kif": 3.6,
-    "kif-adaptive": 5.0,
+    "magmax": 3.7,
+    "ties": 7.7,
+    "recurrent-kif": 3.0,
+    "recurrent-kif-adaptive": 4.0,
+    "kif": 3.7,
+    "kif-adaptive": 5.5,
 }
 # Per parameter of a model that is pruned.
 PRUNE_NS = 3.0

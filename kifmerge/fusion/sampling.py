@@ -19,9 +19,9 @@ from kifmerge.tensor.selection import kth_smallest
 # Of fewer scores than this another pass costs less than a look.
 LEAST_NUMEL = 1 << 22
 # The scores of a sample lie together in stretches, spread evenly over all tensors.
-_NUM_STRETCHES = 1 << 12
+_NUM_STRETCHES = 1 << 11
 _LEAST_STRIDE = 1 << 16
-_SAMPLE_NUMEL = 1 << 21
+_SAMPLE_NUMEL = 1 << 20
 _LEAST_SPARSE = 32
 _GOLDEN_RATIO = 0x9E3779B1  # of 32 bits: its multiples are spread evenly
 

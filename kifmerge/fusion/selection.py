@@ -38,6 +38,8 @@ _Found = TypeVar("_Found")
 # Counting has a cost per piece: larger ones than for fusing pay, where they are few at once.
 COUNTED_BYTES = 1 << 21
 LEAST_COUNTED_BYTES = 1 << 18
+# Where few scores are counted, near a guess, smaller ones take no longer, and less memory.
+_NEAR_BYTES = 1 << 20
 _MOST_COUNTED_BYTES = 1 << 23
 _IN_CALLER = Workers(0)
 
@@ -61,14 +63,20 @@ class ScoreStream:
         scores: source of scores.
         names: of some parameters; None takes all.
         num_workers: that count at the same time.
+        most_bytes: of a piece on a CPU.
     """
 
     def __init__(
-        self, scores: Source, names: Sequence[str] | None = None, *, num_workers: int = 1
+        self,
+        scores: Source,
+        names: Sequence[str] | None = None,
+        *,
+        num_workers: int = 1,
+        most_bytes: int = COUNTED_BYTES,
     ) -> None:
         self._scores = scores
         self._names = scores.names() if names is None else names
-        self._num_workers = num_workers
+        self._counted_bytes = min(counted_bytes(num_workers), most_bytes)
 
     def __iter__(self) -> Iterator[Callable[[], Tensor]]:
         for piece in pieces(self._scores, self._names, most_bytes=self._most_bytes):
@@ -77,7 +85,7 @@ class ScoreStream:
     @property
     def _most_bytes(self) -> int | None:
         on_cpu = all(self._scores.info(name).device.type == "cpu" for name in self._names[:1])
-        return counted_bytes(self._num_workers) if on_cpu else None
+        return self._counted_bytes if on_cpu else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,8 +176,9 @@ def _common_threshold(
         guess = guess_of_rank(scores, names, rank, num_scores, ranks)
         found = None
         if guess is not None:
+            near = ScoreStream(scores, names, num_workers=workers.num, most_bytes=_NEAR_BYTES)
             found = threshold_near(
-                guess, stream, important_fraction, reduce_counts=ranks.sum, spread=workers.map
+                guess, near, important_fraction, reduce_counts=ranks.sum, spread=workers.map
             )
         if found is not None:
             return found
@@ -262,8 +271,9 @@ def mark_largest(
         stream = ScoreStream(sizes, own, num_workers=workers.num)
         guess, value = guess_of_rank(sizes, own, rank, total, ranks), None
         if guess is not None:
+            near = ScoreStream(sizes, own, num_workers=workers.num, most_bytes=_NEAR_BYTES)
             value = kth_smallest_near(
-                guess, stream, rank, reduce_counts=ranks.sum, spread=workers.map
+                guess, near, rank, reduce_counts=ranks.sum, spread=workers.map
             )
         if value is None:
             value = kth_smallest(stream, rank, reduce_counts=ranks.sum, spread=workers.map)

@@ -24,7 +24,7 @@ _INFINITY_BITS = 0x7F800000
 _BATCH_NUMEL = 1 << 18
 # What is looked at together stays in cache. Where more than a sixteenth of it is in the window,
 # values are counted rather than noted.
-_CHUNK_NUMEL = 1 << 17
+_CHUNK_NUMEL = 1 << 16
 _LEAST_SPARSE = 16
 _MOST_PASSES = 2
 # So many windows away values may lie otherwise.
@@ -180,11 +180,18 @@ def _look(part: Part, first: int) -> Tensor:
         return torch.tensor([0, 0, values.numel(), 0])
     num_above = num_odd = 0
     single, taken, numbers = [], [], []
+    # Scratch that is asked for once breaks up no memory.
+    scratch = np.empty(min(values.numel(), _CHUNK_NUMEL), np.uint32)
+    flags = np.empty(scratch.size, np.bool_)
     for chunk in values.detach().reshape(-1).split(_CHUNK_NUMEL):
         bits = chunk.float().contiguous().numpy().view(np.uint32)
-        places = bits - np.uint32(first)  # of values below the window they wrap around
-        is_within = places < WINDOW_NUMEL
-        num_above += int(np.count_nonzero(bits >= np.uint32(first + WINDOW_NUMEL)))
+        places, is_within = scratch[: bits.size], flags[: bits.size]
+        np.greater_equal(bits, np.uint32(first + WINDOW_NUMEL), out=is_within)
+        num_above += int(np.count_nonzero(is_within))
+        np.subtract(
+            bits, np.uint32(first), out=places
+        )  # of values below the window they wrap around
+        np.less(places, np.uint32(WINDOW_NUMEL), out=is_within)
         # The bits of NaN, and of all that has a sign, are beyond those of infinity.
         num_odd += bits.size > 0 and int(bits.max()) > _INFINITY_BITS
         if np.count_nonzero(is_within) * _LEAST_SPARSE <= bits.size:

@@ -52,7 +52,8 @@ def test_error_is_told_once(tmp_path):
     (told,) = [line for line in done.stderr.splitlines() if line.startswith("kifmerge: ")]
     assert "bad/model.safetensors: e.weight: element 0 is inf" in told
     # The last thing before torchrun's own report, which tells how each rank ended.
-    assert done.stderr.count("exitcode  : 3") == 2
+    # The launcher may end one rank before that has ended by itself.
+    assert "exitcode  : 3" in done.stderr
     assert "kifmerge/" not in done.stderr.split("torch/distributed")[0]
     assert not list(tmp_path.glob("*out*"))
 
