@@ -153,9 +153,9 @@ class Overlap:
         }
 
 
-def _count(mask: Tensor) -> Tensor:
+def _count(mask: Tensor) -> Tensor | int:
     if mask.device.type == "cpu":  # measured: six times as fast as torch is there
-        return torch.tensor(np.count_nonzero(mask.numpy()))
+        return int(np.count_nonzero(mask.numpy()))
     return torch.count_nonzero(mask)
 
 
@@ -165,13 +165,20 @@ def _count_overlap(masks: Sequence[Tensor]) -> Tensor:
         both = _count(first & second)
         alone = [_count(mask) - both for mask in masks]
         nobody = first.numel() - both - alone[0] - alone[1]
-        return torch.stack([both, nobody, *alone])
+        return _stacked([both, nobody, *alone])
     votes = torch.stack([mask.to(torch.uint8) for mask in masks]).sum(0, dtype=torch.uint8)
     once = votes == 1
-    return torch.stack(
+    return _stacked(
         [
             _count(votes == len(masks)),
             _count(votes == 0),
             *(_count(mask & once) for mask in masks),
         ]
     )
+
+
+def _stacked(counts: Sequence[Tensor | int]) -> Tensor:
+    """In one tensor, where they have been counted."""
+    if any(isinstance(count, int) for count in counts):
+        return torch.tensor(counts)
+    return torch.stack([torch.as_tensor(count) for count in counts])

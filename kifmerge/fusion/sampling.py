@@ -62,7 +62,8 @@ def _sample(scores: Source, names: Sequence[str], num_scores: int) -> Tensor | N
     filled = 0
     for stretch in stretches:
         values = peek(scores, *stretch)
-        if values is None or values.device.type != "cpu":
+        # Numbers of 16 bits are counted whole, in one pass.
+        if values is None or values.device.type != "cpu" or values.dtype == torch.bfloat16:
             return None
         sample[filled : filled + values.numel()] = values
         filled += values.numel()

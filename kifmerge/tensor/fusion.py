@@ -20,6 +20,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -85,12 +86,16 @@ def recurrent_kif_weights(
         lead, rest = new - historical, both ^ 1  # bytes wrap around, and back in the sum
         step, unshared = 0.5, (rest + lead, rest - lead)
     shared = both.float()
-    # A number times 0 or 1 is exact, so that add_ may fuse the two operations or not.
-    new_weight, historical_weight = (
-        steps.float().mul_(step).add_(shared, alpha=weight)
-        for steps, weight in zip(unshared, shared_weights, strict=True)
-    )
-    return new_weight, historical_weight
+
+    def weight_of(side: int) -> Tensor:
+        # A number times 0 or 1 is exact, so that add_ may fuse the two operations or not.
+        return unshared[side].float().mul_(step).add_(shared, alpha=shared_weights[side])
+
+    new_weight = weight_of(0)
+    first, second = map(np.float32, shared_weights)
+    if redundant == "average" and np.float32(1) - first == second:
+        return new_weight, 1.0 - new_weight  # the same bits for less
+    return new_weight, weight_of(1)
 
 
 def recurrent_kif(

@@ -78,6 +78,13 @@ def test_few_scores_are_not_sampled():
     assert source.num_peeked == 0
 
 
+def test_scores_of_16_bits_take_one_pass_without_a_sample():
+    source = Watched({name: values.bfloat16() for name, values in layers().items()})
+    assert guess(source, 0.2) is None
+    mark_important(source, 0.2, "global", "new")
+    assert source.num_read == 4 * (NUMEL + 512)
+
+
 def test_scores_that_cannot_be_peeked_at_are_not_sampled():
     class Blind(MemorySource):
         peek = None
