@@ -118,6 +118,8 @@ def bend(places: Sequence[float], values: Sequence[float]) -> float:
     >>> bend([1, 2, 4], [3.0, 4.0, 6.0])
     0.0
     """
+    if len(places) < 2:
+        return 0.0
     slope, start = linear_regression(places, values)
     line = [start + slope * place for place in places]
     return round(max(abs(v / on_line - 1) for v, on_line in zip(values, line, strict=True)), 6)
