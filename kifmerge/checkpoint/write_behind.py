@@ -12,12 +12,9 @@ import errno
 import functools
 import os
 import sys
-from collections import deque
 from collections.abc import Callable
 
 WINDOW_BYTES = 1 << 26
-# On their way to the disk, beside the windows that are being filled.
-_MOST_SENT = 1
 # Names of Linux's options in fcntl.h.
 _WAIT_BEFORE, _WRITE, _WAIT_AFTER = 1, 2, 4
 # A system, or a kind of file, without such a call.
@@ -33,7 +30,7 @@ class WriteBehind:
 
     def __init__(self) -> None:
         self._filled: dict[int, int] = {}
-        self._sent: deque[int] = deque()
+        self._sent: int | None = None  # on its way to the disk, while others are being filled
 
     def note(self, descriptor: int, start: int, stop: int) -> None:
         """Tell that bytes have been written; may wait for the disk to keep up.
@@ -58,12 +55,12 @@ class WriteBehind:
 
     def _send(self, descriptor: int, window: int) -> None:
         _sync(descriptor, window, _WRITE)
-        self._sent.append(window)
-        if len(self._sent) > _MOST_SENT:
-            earlier = self._sent.popleft()
-            if _sync(descriptor, earlier, _WAIT_BEFORE | _WRITE | _WAIT_AFTER):
-                offset = earlier * WINDOW_BYTES
-                os.posix_fadvise(descriptor, offset, WINDOW_BYTES, os.POSIX_FADV_DONTNEED)
+        earlier, self._sent = self._sent, window
+        if earlier is None:
+            return
+        if _sync(descriptor, earlier, _WAIT_BEFORE | _WRITE | _WAIT_AFTER):
+            offset = earlier * WINDOW_BYTES
+            os.posix_fadvise(descriptor, offset, WINDOW_BYTES, os.POSIX_FADV_DONTNEED)
 
 
 def _sync(descriptor: int, window: int, flags: int) -> bool:

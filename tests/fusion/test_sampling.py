@@ -95,6 +95,7 @@ def test_scores_that_cannot_be_peeked_at_are_not_sampled():
 
     assert guess(MemorySource(layers()), 0.2) is not None
     assert guess(Streamed(layers()), 0.2) is None
+    assert guess(Blind(layers()), 0.2) is None
     expected = mark_important(MemorySource(layers()), 0.2, "global", "new").threshold
     assert mark_important(Streamed(layers()), 0.2, "global", "new").threshold == expected
 
