@@ -31,7 +31,7 @@ from kifmerge.tensor.selection import (
     threshold_in,
     threshold_rank,
 )
-from kifmerge.tensor.window import kth_smallest_near, threshold_near
+from kifmerge.tensor.window import value_near
 
 _Found = TypeVar("_Found")
 
@@ -173,19 +173,29 @@ def _common_threshold(
     if bracket is None:
         num_scores = sum(scores.info(name).numel for name in scores.names())
         rank = threshold_rank(num_scores, important_fraction)
-        guess = guess_of_rank(scores, names, rank, num_scores, ranks)
-        found = None
-        if guess is not None:
-            near = ScoreStream(scores, names, num_workers=workers.num, most_bytes=_NEAR_BYTES)
-            found = threshold_near(
-                guess, near, important_fraction, reduce_counts=ranks.sum, spread=workers.map
-            )
+        found = _led_by_sample(scores, names, rank, num_scores, workers, ranks)
         if found is not None:
             return found
         bracket = importance_bracket(
             stream, important_fraction, reduce_counts=ranks.sum, spread=workers.map
         )
     return threshold_in(bracket, stream, reduce_counts=ranks.sum, spread=workers.map)
+
+
+def _led_by_sample(
+    scores: Source,
+    names: Sequence[str],
+    rank: int,
+    num_scores: int,
+    workers: Workers,
+    ranks: Ranks,
+) -> Threshold | None:
+    """The rank-th smallest of all scores, if a sample leads there."""
+    guess = guess_of_rank(scores, names, rank, num_scores, ranks)
+    if guess is None:
+        return None
+    stream = ScoreStream(scores, names, num_workers=workers.num, most_bytes=_NEAR_BYTES)
+    return value_near(guess, stream, rank, reduce_counts=ranks.sum, spread=workers.map)
 
 
 def warn_of_equal(
@@ -268,15 +278,11 @@ def mark_largest(
         total = sum(sizes.info(name).numel for name in names)
         rank = _rank_of_density(total, density)
         own = _share(sizes, names, ranks)
+        found = _led_by_sample(sizes, own, rank, total, workers, ranks)
+        if found is not None:
+            return LargestMarks(dict.fromkeys(names, found.value))
         stream = ScoreStream(sizes, own, num_workers=workers.num)
-        guess, value = guess_of_rank(sizes, own, rank, total, ranks), None
-        if guess is not None:
-            near = ScoreStream(sizes, own, num_workers=workers.num, most_bytes=_NEAR_BYTES)
-            value = kth_smallest_near(
-                guess, near, rank, reduce_counts=ranks.sum, spread=workers.map
-            )
-        if value is None:
-            value = kth_smallest(stream, rank, reduce_counts=ranks.sum, spread=workers.map)
+        value = kth_smallest(stream, rank, reduce_counts=ranks.sum, spread=workers.map)
         return LargestMarks(dict.fromkeys(names, value))
     return LargestMarks(
         _of_each(

@@ -7,15 +7,14 @@ fails too, :mod:`kifmerge.tensor.selection` finds it in two others, whatever it 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from fractions import Fraction
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kifmerge.tensor.selection import CountReduction, Part, Spread, Threshold, threshold_rank
+from kifmerge.tensor.selection import CountReduction, Part, Spread, Threshold
 
 # Numbers next to each other that a window holds: from 1.6 % below the guess to as much above it, or
 # half of that. Measured: with more of them finding those within takes longer than all the rest.
@@ -31,72 +30,42 @@ _MOST_PASSES = 2
 _FARTHEST = 16
 
 
-def threshold_near(
-    guess: float,
-    scores: Iterable[Part],
-    important_fraction: float | str | Fraction,
-    *,
-    reduce_counts: CountReduction | None = None,
-    spread: Spread = map,
-) -> Threshold | None:
-    """As :func:`kifmerge.tensor.selection.importance_threshold`, whose arguments these are.
-
-    Args:
-        guess: of the threshold; the same in all processes.
-        scores: read once or twice; on a CPU.
-        important_fraction: share of scores to be found important, in [0, 1].
-        reduce_counts: adds up int64 counts over processes; None for one process.
-        spread: applies a function to many parts.
-
-    Returns:
-        None if the threshold is not near the guess, or a score is NaN or has a sign.
-
-    >>> threshold_near(7.99, [torch.arange(6.0), torch.arange(6.0, 11.0)], 0.2)
-    Threshold(value=8.0, num_scores=11, num_above=2)
-    >>> threshold_near(3.0, [torch.arange(11.0)], 0.2)
-    """
-    return _near(
-        guess, scores, lambda num: threshold_rank(num, important_fraction), reduce_counts, spread
-    )
-
-
-def kth_smallest_near(
+def value_near(
     guess: float,
     values: Iterable[Part],
     rank: int,
     *,
     reduce_counts: CountReduction | None = None,
     spread: Spread = map,
-) -> float | None:
-    """As :func:`kifmerge.tensor.selection.kth_smallest`; see :func:`threshold_near`.
-
-    >>> kth_smallest_near(2.99, [torch.tensor([3.0, 1.0]), torch.tensor([2.0])], 3)
-    3.0
-    """
-    found = _near(guess, values, lambda num: rank, reduce_counts, spread)
-    return None if found is None else found.value
-
-
-def _near(
-    guess: float,
-    scores: Iterable[Part],
-    rank_of: Callable[[int], int],
-    reduce_counts: CountReduction | None,
-    spread: Spread,
 ) -> Threshold | None:
-    """The value of some rank, which follows from the number of values."""
+    """The rank-th smallest of all values, 1 for the smallest, and how many exceed it.
+
+    Args:
+        guess: of the value; the same in all processes.
+        values: as :func:`kifmerge.tensor.selection.kth_smallest` takes them; read once or twice;
+            on a CPU.
+        rank: among the values of all processes.
+        reduce_counts: adds up int64 counts over processes; None for one process.
+        spread: applies a function to many parts.
+
+    Returns:
+        None if the value is not near the guess, or a value is NaN or has a sign.
+
+    >>> value_near(7.99, [torch.arange(6.0), torch.arange(6.0, 11.0)], 9)
+    Threshold(value=8.0, num_scores=11, num_above=2)
+    >>> value_near(3.0, [torch.arange(11.0)], 9)
+    """
     first: int | None = _first_bits(guess)
     for _ in range(_MOST_PASSES):
-        assert first is not None
-        seen = _count(first, scores, reduce_counts, spread)
-        if seen.is_odd or not seen.num_values:
-            return None
-        rank = rank_of(seen.num_values) - seen.num_below
-        if 1 <= rank <= seen.num_within:
-            return seen.find(rank)
-        first = seen.next_first(rank)
         if first is None:
-            return None
+            break
+        seen = _count(first, values, reduce_counts, spread)
+        if seen.is_odd or not seen.num_values:
+            break
+        own_rank = rank - seen.num_below
+        if 1 <= own_rank <= seen.num_within:
+            return seen.find(own_rank)
+        first = seen.next_first(own_rank)
     return None
 
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kifmerge.tensor import window
-from kifmerge.tensor.selection import importance_threshold, kth_smallest
-from kifmerge.tensor.window import kth_smallest_near, threshold_near
+from kifmerge.tensor.selection import importance_threshold, kth_smallest, threshold_rank
+from kifmerge.tensor.window import value_near
 
 NUMEL = 1000
 KINDS = {
@@ -27,6 +27,11 @@ FRACTIONS = (0.0, 0.001, 0.2, 0.5, 1.0)
 
 def values_of(kind, seed=0):
     return KINDS[kind](torch.Generator().manual_seed(seed))
+
+
+def threshold_near(guess, parts, fraction):
+    values = [part() if callable(part) else part for part in parts[:]]  # not a pass
+    return value_near(guess, parts, threshold_rank(sum(v.numel() for v in values), fraction))
 
 
 class Passes(list):
@@ -83,7 +88,7 @@ def test_every_rank_is_found_near_its_value():
     values = values_of("ties")
     for rank in (1, 2, 300, NUMEL - 1, NUMEL):
         expected = kth_smallest([values], rank)
-        assert kth_smallest_near(expected, [values], rank) == expected
+        assert value_near(expected, [values], rank).value == expected
 
 
 @pytest.mark.parametrize("odd", [math.nan, -math.nan, -1.0, -0.0, -math.inf])
@@ -96,8 +101,8 @@ def test_values_without_order_and_with_a_sign_are_left_to_others(odd):
 
 
 def test_no_scores_are_left_to_others():
-    assert threshold_near(1.0, [], 0.2) is None
-    assert threshold_near(1.0, [torch.empty(0)], 0.2) is None
+    assert value_near(1.0, [], 1) is None
+    assert value_near(1.0, [torch.empty(0)], 1) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -118,10 +123,11 @@ def test_processes_add_up():
     first, second = values_of("even").split([300, 700])
     expected = importance_threshold([first, second], 0.2)
     seen = []
-    threshold_near(expected.value, [second], 0.2, reduce_counts=lambda c: seen.append(c) or c)
+    rank = threshold_rank(NUMEL, 0.2)
+    value_near(expected.value, [second], rank, reduce_counts=lambda c: seen.append(c) or c)
     added = iter(seen)
-    found = threshold_near(
-        expected.value, [first], 0.2, reduce_counts=lambda counts: counts + next(added)
+    found = value_near(
+        expected.value, [first], rank, reduce_counts=lambda counts: counts + next(added)
     )
     assert found == expected
 
