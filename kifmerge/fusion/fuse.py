@@ -21,6 +21,7 @@ from kifmerge.checkpoint.workers import Workers
 from kifmerge.fusion.evidence import Evidence
 from kifmerge.fusion.rules import RULES, FusionOptions
 from kifmerge.fusion.weights import Weights
+from kifmerge.tensor.importance import all_finite
 
 Role = Literal["new", "historical"]
 ROLES: tuple[Role, Role] = ("new", "historical")
@@ -88,17 +89,24 @@ def _fuse_piece(
 ) -> tuple[Tensor, list[Tensor]]:
     """Fused values of a piece, in float32, and what the rule was shown."""
     rule = RULES[options.rule]
-    models = [weights.read(source, piece) for source in weights.models]
+    sources = weights.sources if rule.needs_base else weights.models
+    stored = [weights.stored(source, piece) for source in sources]
+    models = [values.float() for values in stored]
     if rule.fuse_vectors is None:
         assert rule.fuse_weights is not None
         shown = [show(piece, m) for show, m in zip(evidence.shows, models, strict=False)]
-        return rule.fuse_weights(models, shown, options), shown
-    assert weights.base is not None
-    base = weights.read(weights.base, piece)
-    vectors = weights.vectors(base, models)
-    del models
-    shown = [show(piece, v) for show, v in zip(evidence.shows, vectors, strict=False)]
-    return rule.fuse_vectors(base, vectors, shown, options), shown
+        fused = rule.fuse_weights(models, shown, options)
+    else:
+        base = models.pop(0)
+        vectors = weights.vectors(base, models)
+        del models
+        shown = [show(piece, v) for show, v in zip(evidence.shows, vectors, strict=False)]
+        fused = rule.fuse_vectors(base, vectors, shown, options)
+    # One look at the result tells of all that was read.
+    if not (rule.carries_nonfinite and all_finite([fused])):
+        for source, values in zip(sources, stored, strict=True):
+            weights.refuse_nonfinite(source, piece, values)
+    return fused, shown
 
 
 class Overlap:

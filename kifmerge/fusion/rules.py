@@ -13,8 +13,6 @@ from torch import Tensor
 from kifmerge.errors import check_choices
 from kifmerge.tensor.baselines import linear, magmax, task_arithmetic, ties
 from kifmerge.tensor.fusion import (
-    DEFAULT_SHARED_WEIGHTS,
-    Redundant,
     average_models,
     recurrent_kif,
     recurrent_kif_adaptive_models,
@@ -22,6 +20,7 @@ from kifmerge.tensor.fusion import (
 )
 from kifmerge.tensor.kif import DEFAULT_SHARED_WEIGHTS as KIF_SHARED_WEIGHTS
 from kifmerge.tensor.kif import kif, kif_adaptive
+from kifmerge.tensor.mask_weights import DEFAULT_SHARED_WEIGHTS, Redundant
 from kifmerge.tensor.selection import Scope
 from kifmerge.tensor.units import UnitKind
 
@@ -132,6 +131,8 @@ class Rule:
         two_sided: whether the models must be the new one and the historical one.
         mixes_weights: whether the shared weights are those of a mixture, and add up to 1.
         shared_weights: default where both sides are important.
+        carries_nonfinite: whether NaN or infinity in any model, or the base, makes the result
+            there NaN or infinite too, whatever the options.
     """
 
     needs: Needs
@@ -141,6 +142,7 @@ class Rule:
     two_sided: bool = False
     mixes_weights: bool = False
     shared_weights: tuple[float, float] = DEFAULT_SHARED_WEIGHTS
+    carries_nonfinite: bool = True
 
     @property
     def needs_base(self) -> bool:
@@ -197,6 +199,7 @@ RULES: Mapping[RuleName, Rule] = {
         two_sided=True,
         mixes_weights=True,
         shared_weights=KIF_SHARED_WEIGHTS,
+        carries_nonfinite=False,
     ),
     "kif-adaptive": Rule(
         needs="unit-scores",

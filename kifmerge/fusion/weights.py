@@ -45,17 +45,19 @@ class Weights:
         """All of them, the base first."""
         return [*([] if self.base is None else [self.base]), *self.models]
 
-    def read(self, source: Source, piece: Piece) -> Tensor:
-        """The elements of a piece as float32, not to be written to.
+    def stored(self, source: Source, piece: Piece) -> Tensor:
+        """The elements of a piece as they are stored, unchecked; not to be written to."""
+        return send(read_piece(source.read, piece), self.device)
+
+    def refuse_nonfinite(self, source: Source, piece: Piece, values: Tensor) -> None:
+        """Look for NaN and infinity in what was read, unless they are to be kept.
 
         Raises:
-            CheckpointError: NaN or infinity.
+            CheckpointError: there are some.
         """
-        values = send(read_piece(source.read, piece), self.device).float()
-        if self.nonfinite == "refuse" and not all_finite([values]):
+        if self.nonfinite == "refuse" and not all_finite([values.float()]):
             error = nonfinite_error(source, piece, values)
             raise CheckpointError(f"{error}. Mend the checkpoint, or --nonfinite keep")
-        return values
 
     def parent(self, index: int) -> Source:
         """Where the task vector of a model starts."""
@@ -97,11 +99,16 @@ class VectorSizes:
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Of these elements."""
-        piece = [Range(name, start, stop)]
-        model, parent = (self._weights.read(s, piece) for s in (self._model, self._parent))
+        part = Range(name, start, stop)
+        model, parent = (self._finite(source, part) for source in (self._model, self._parent))
         sizes = (model - parent).abs_()
         # NaN, where it is to be carried on, is in no order: it counts as the largest.
         return sizes.nan_to_num_(math.inf, math.inf) if self._weights.nonfinite == "keep" else sizes
+
+    def _finite(self, source: Source, part: Range) -> Tensor:
+        values = self._weights.stored(source, [part]).float()
+        self._weights.refuse_nonfinite(source, [part], values)
+        return values
 
     def peek(self, name: str, start: int, stop: int) -> Tensor | None:
         """Of these elements, out of turn; whatever they are."""

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kifmerge.tensor.fusion import indicator
+from kifmerge.tensor.mask_weights import indicator
 
 
 def linear(models: Sequence[Tensor], weights: Sequence[float], *, normalise: bool = True) -> Tensor:

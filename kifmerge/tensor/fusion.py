@@ -16,86 +16,18 @@ References:
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal
+from collections.abc import Iterable, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from kifmerge.tensor.mask_weights import (
+    DEFAULT_SHARED_WEIGHTS,
+    Redundant,
+    importance_weights,
+    recurrent_kif_weights,
+)
 from kifmerge.tensor.softmax import softmax_weights
-
-Redundant = Literal["average", "drop"]
-
-DEFAULT_SHARED_WEIGHTS = (0.4, 0.6)
-
-
-def indicator(mask: Tensor) -> Tensor:
-    """A bool mask as float32: 1 where it is true, 0 where it is not. Always a new tensor.
-
-    >>> indicator(torch.tensor([True, False]))
-    tensor([1., 0.])
-    """
-    return mask.view(torch.uint8).float()  # read as bytes it is seven times faster than as bool
-
-
-def recurrent_kif_weights(
-    new_important: Tensor,
-    historical_important: Tensor,
-    *,
-    shared_weights: tuple[float, float] = DEFAULT_SHARED_WEIGHTS,
-    redundant: Redundant = "average",
-) -> tuple[Tensor, Tensor]:
-    """Weights of the new and of the historical task vector under the Recurrent-KIF table.
-
-    ======  ==========  =====================  ============================
-    new     historical  weight of new          weight of historical
-    ======  ==========  =====================  ============================
-    yes     yes         ``shared_weights[0]``  ``shared_weights[1]``
-    yes     no          1                      0
-    no      yes         0                      1
-    no      no          1/2 (``average``) or   1/2 (``average``) or
-                        0 (``drop``)           0 (``drop``)
-    ======  ==========  =====================  ============================
-
-    Args:
-        new_important: bool mask of the new task's important parameters.
-        historical_important: bool mask of the same shape for the earlier tasks.
-        shared_weights: weights where both find the parameter important.
-        redundant: what becomes of parameters that neither finds important.
-
-    Returns:
-        Two float32 tensors of the masks' shape.
-
-    References:
-        Recurrent-KIF, arXiv 2502.17510; the shared and the redundant case as in the released code
-        (``average`` halves what the paper's text calls pruned; ``drop`` prunes it).
-
-    >>> new = torch.tensor([True, True, False, False])
-    >>> historical = torch.tensor([True, False, True, False])
-    >>> recurrent_kif_weights(new, historical)[0]
-    tensor([0.4000, 1.0000, 0.0000, 0.5000])
-    """
-    new, historical = (m.view(torch.uint8) for m in (new_important, historical_important))
-    both = new & historical
-    # What is not shared, in whole steps: of 1 in (n, h), or of 1/2 in (1 + n - h, 1 - n + h).
-    if redundant == "drop":
-        step, unshared = 1.0, (new - both, historical - both)
-    else:
-        lead, rest = new - historical, both ^ 1  # bytes wrap around, and back in the sum
-        step, unshared = 0.5, (rest + lead, rest - lead)
-    shared = both.float()
-
-    def weight_of(side: int) -> Tensor:
-        # A number times 0 or 1 is exact, so that add_ may fuse the two operations or not.
-        return unshared[side].float().mul_(step).add_(shared, alpha=shared_weights[side])
-
-    new_weight = weight_of(0)
-    first, second = map(np.float32, shared_weights)
-    if redundant == "average" and np.float32(1) - first == second:
-        return new_weight, 1.0 - new_weight  # the same bits for less
-    return new_weight, weight_of(1)
 
 
 def recurrent_kif(
@@ -189,37 +121,6 @@ def _add_terms(base: Tensor, terms: Iterable[Tensor]) -> Tensor:
     return fused.to(base.dtype)
 
 
-def importance_weights(
-    important: Sequence[Tensor], shares: Sequence[float], *, redundant: Redundant = "average"
-) -> list[Tensor]:
-    """Weights of any number of task vectors from the masks of what each model finds important.
-
-    With P the models that find a parameter important, ``w_i = s_i / sum over P of s_j`` for i in
-    P, and 0 for the others; where P is empty 1/N for each (``average``) or 0 (``drop``).
-
-    Args:
-        important: one bool mask per model, of one shape.
-        shares: s, one number above 0 per model; only their ratios matter.
-        redundant: what becomes of parameters that no model finds important.
-
-    Returns:
-        One float32 tensor per model.
-
-    Raises:
-        ValueError: no models, not one share for each, or a share that is not above 0 and finite.
-
-    References:
-        Ours. With two models of shares 0.4 and 0.6 the weights are those of
-        :func:`recurrent_kif_weights`, to the bit; with two others that add up to 1 to within a
-        unit in the last place.
-
-    >>> masks = [torch.tensor([True, True, False]), torch.tensor([True, False, False])]
-    >>> importance_weights(masks, [1.0, 3.0])
-    [tensor([0.2500, 1.0000, 0.5000]), tensor([0.7500, 0.0000, 0.5000])]
-    """
-    return list(_importance_weights(important, shares, redundant))
-
-
 def recurrent_kif_models(
     base: Tensor,
     vectors: Sequence[Tensor],
@@ -237,30 +138,7 @@ def recurrent_kif_models(
     >>> recurrent_kif_models(torch.ones(1), vectors, [yes, yes, no], [1.0, 3.0, 1.0])
     tensor([2.7500])
     """
-    return _add_weighted(base, vectors, _importance_weights(important, shares, redundant))
-
-
-def _importance_weights(
-    important: Sequence[Tensor], shares: Sequence[float], redundant: Redundant
-) -> Iterator[Tensor]:
-    if len(important) != len(shares) or not important:
-        raise ValueError(
-            f"expected at least one mask and a share for each, found {len(important)} masks and "
-            f"{len(shares)} shares"
-        )
-    if not all(math.isfinite(share) and share > 0 for share in shares):
-        raise ValueError(f"shares must be finite and above 0, found {list(shares)}")
-    nobody = important[0].view(torch.uint8) ^ 1
-    for mask in important[1:]:
-        nobody &= mask.view(torch.uint8) ^ 1
-    redundant_weight = nobody.float()
-    total = redundant_weight.clone()  # 1 where there is nothing to divide
-    for mask, share in zip(important, shares, strict=True):
-        total.add_(indicator(mask), alpha=share)
-    redundant_weight.mul_(1.0 / len(important) if redundant == "average" else 0.0)
-    for mask, share in zip(important, shares, strict=True):
-        weight = indicator(mask)
-        yield torch.add(redundant_weight, weight, alpha=share, out=weight).div_(total)
+    return _add_weighted(base, vectors, importance_weights(important, shares, redundant=redundant))
 
 
 def recurrent_kif_adaptive_models(

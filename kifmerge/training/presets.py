@@ -9,7 +9,6 @@ from typing import Literal, cast
 from kifmerge.errors import check_at_least, check_choices
 from kifmerge.fusion.fuse import Role
 from kifmerge.fusion.rules import FusionOptions, RuleName
-from kifmerge.tensor.fusion import DEFAULT_SHARED_WEIGHTS, Redundant
 from kifmerge.tensor.importance import (
     WITH_PARAMETERS,
     AccumulatorDtype,
@@ -20,6 +19,7 @@ from kifmerge.tensor.importance import (
 )
 from kifmerge.tensor.kif import DEFAULT_SHARED_WEIGHTS as KIF_SHARED_WEIGHTS
 from kifmerge.tensor.kif import DEFAULT_TEMPERATURE
+from kifmerge.tensor.mask_weights import DEFAULT_SHARED_WEIGHTS, Redundant
 from kifmerge.tensor.selection import Scope
 from kifmerge.tensor.units import (
     DEFAULT_CUMULATIVE_WEIGHT,

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from kifmerge.fusion.rules import RULES, FusionOptions, RuleName
-from kifmerge.tensor import fusion
 from kifmerge.tensor import kif as kif_module
+from kifmerge.tensor import mask_weights
 from kifmerge.training.presets import KifOptions, RecurrentOptions, Rule
 
 every_rule = pytest.mark.parametrize("name", RULES)
@@ -29,10 +29,18 @@ OTHER = {
 OF_EVIDENCE = {"important_fraction", "scope", "unit", "density"}
 
 
-def fuse(options):
-    """The rule over random models, with masks and scores that bring all its cases about."""
+def fuse(options, plant=lambda tensors: None, parents=None):
+    """The rule over random models, with masks and scores that bring all its cases about.
+
+    Task vectors are differences between tensors, where the parents of the models are told.
+    """
     generator = torch.Generator().manual_seed(3)
     base, *vectors = (torch.randn(64, generator=generator) for _ in range(3))
+    plant([base, *vectors])
+    if parents is not None:
+        vectors = [
+            v - (base if p is None else vectors[p]) for v, p in zip(vectors, parents, strict=True)
+        ]
     masks = [torch.rand(64, generator=generator) < 0.5 for _ in range(2)]
     scores = [torch.rand(64, generator=generator) for _ in range(2)]
     shown = scores if "scores" in options.needs else masks
@@ -41,6 +49,38 @@ def fuse(options):
     if rule.fuse_vectors is not None:
         return rule.fuse_vectors(base, vectors, shown, options)
     return rule.fuse_weights(vectors, shown, options)
+
+
+# Options under which what a model holds counts for next to nothing, or for nothing.
+INSIGNIFICANT = {
+    "weights": [(1.0, 1e-30)],
+    "scale": [0.0],
+    "redundant": ["drop"],
+    "shared_weights": [(1.0, 0.0)],
+    "temperature": [1e-3],
+}
+INSIGNIFICANT_TO = {"linear": [(1.0, 0.0)], "task-arithmetic": [(0.0, 1.0)], "ties": [(1.0, 0.0)]}
+
+
+class TestNonfinite:
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+    @every_rule
+    def test_rules_carry_it_on_as_they_say(self, name, value):
+        rule = RULES[name]
+        choices = [{}]
+        for option in rule.options:
+            choices += [{option: other} for other in INSIGNIFICANT.get(option, ())]
+        choices += [{"weights": weights} for weights in INSIGNIFICANT_TO.get(name, ())]
+        for place in (0, 1, 2) if rule.needs_base else (1, 2):
+            for options in choices:
+                for parents in ((None, None), (None, 0)) if rule.needs_base else (None,):
+                    fused = fuse(
+                        FusionOptions(rule=name, **options),
+                        lambda tensors, place=place: tensors[place].fill_(value),
+                        parents,
+                    )
+                    is_lost = bool(fused.isfinite().any())
+                    assert is_lost != rule.carries_nonfinite, (place, options, parents)
 
 
 class TestTable:
@@ -97,7 +137,7 @@ class TestTable:
                     assert getattr(options, name) == getattr(expected, name), name
 
     def test_shared_weights_are_the_rule_s_own_unless_told(self):
-        assert FusionOptions().shared_weights == fusion.DEFAULT_SHARED_WEIGHTS
+        assert FusionOptions().shared_weights == mask_weights.DEFAULT_SHARED_WEIGHTS
         assert FusionOptions(rule="kif").shared_weights == kif_module.DEFAULT_SHARED_WEIGHTS
         told = FusionOptions(rule="kif", shared_weights=(0.5, 0.5))
         assert told.shared_weights == (0.5, 0.5)

@@ -1,5 +1,3 @@
-import itertools
-
 import oracles
 import pytest
 import torch
@@ -9,14 +7,11 @@ from hypothesis import strategies as st
 from kifmerge.tensor.fusion import (
     add_vectors,
     average_models,
-    importance_weights,
-    indicator,
     normalise,
     recurrent_kif,
     recurrent_kif_adaptive,
     recurrent_kif_adaptive_models,
     recurrent_kif_models,
-    recurrent_kif_weights,
     score_bounds,
 )
 
@@ -44,24 +39,6 @@ def draw_models(seed, num_models, shape=(4, 6)):
 
 def bits(tensor):
     return tensor.view(torch.int32)
-
-
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ({}, [(0.4, 0.6), (1, 0), (0, 1), (0.5, 0.5)]),
-        ({"redundant": "drop"}, [(0.4, 0.6), (1, 0), (0, 1), (0, 0)]),
-        (
-            {"shared_weights": (1.0, 1.0), "redundant": "drop"},
-            [(1, 1), (1, 0), (0, 1), (0, 0)],
-        ),
-        ({"shared_weights": (0.3, 0.7)}, [(0.3, 0.7), (1, 0), (0, 1), (0.5, 0.5)]),
-    ],
-)
-def test_weights_are_those_of_the_table(options, expected):
-    weights = recurrent_kif_weights(TABLE_ROWS[:, 0], TABLE_ROWS[:, 1], **options)
-    assert all(weight.dtype == torch.float32 for weight in weights)
-    assert torch.equal(torch.stack(weights, 1), torch.tensor(expected).float())
 
 
 def test_fusion_by_hand():
@@ -156,39 +133,6 @@ def test_what_no_model_prefers_is_averaged_to_the_bit(seed, num_models):
     assert torch.equal(bits(adaptive), expected)
 
 
-@pytest.mark.parametrize("redundant", ["average", "drop"])
-@pytest.mark.parametrize("shares", [[1.0], [1.0, 3.0], [0.1, 0.7, 0.2], [1.0, 2.0, 4.0, 1e-3]])
-def test_weights_of_models_for_every_set_of_them(shares, redundant):
-    rows = list(itertools.product([False, True], repeat=len(shares)))
-    found = importance_weights(list(torch.tensor(rows).T), shares, redundant=redundant)
-    assert all(weight.dtype == torch.float32 for weight in found)
-    expected = [oracles.model_weights(row, shares, redundant) for row in rows]
-    torch.testing.assert_close(
-        torch.stack(found, 1).double(), torch.tensor(expected).double(), rtol=3e-7, atol=0
-    )
-    alone = torch.tensor(rows).sum(1) == 1
-    assert torch.equal(torch.stack(found, 1)[alone], torch.tensor(rows)[alone].float())
-
-
-@given(seed=SEEDS, exponent=st.integers(-20, 20))
-def test_only_the_ratios_of_shares_matter(seed, exponent):
-    _, _, masks = draw_models(seed, 3)
-    shares = [0.2, 0.5, 1.1]
-    scaled = importance_weights(masks, [share * 2.0**exponent for share in shares])
-    assert all(map(torch.equal, scaled, importance_weights(masks, shares)))
-
-
-@pytest.mark.parametrize(
-    ("num_masks", "shares"),
-    [(0, []), (2, [1.0]), (1, [1.0, 1.0]), (2, [1.0, 0.0]), (2, [1.0, -1.0]), (1, [float("inf")]),
-     (1, [float("nan")])],
-)  # fmt: skip
-def test_shares_that_make_no_sense_are_refused(num_masks, shares):
-    masks = [torch.ones(2, dtype=torch.bool)] * num_masks
-    with pytest.raises(ValueError, match=r"found"):
-        importance_weights(masks, shares)
-
-
 def test_models_must_be_as_many_as_what_is_known_of_them():
     base, vectors, masks = draw_models(0, 3)
     scores = [mask.float() for mask in masks]
@@ -198,14 +142,6 @@ def test_models_must_be_as_many_as_what_is_known_of_them():
         recurrent_kif_adaptive_models(base, vectors, scores[:2], temperature=1.0)
     with pytest.raises(ValueError, match="at least one task vector"):
         average_models(base, [])
-
-
-@given(seed=SEEDS)
-def test_an_indicator_is_one_where_the_mask_is_true(seed):
-    _, _, (mask,) = draw_models(seed, 1)
-    found = indicator(mask)
-    assert torch.equal(found, torch.where(mask, 1.0, 0.0))
-    assert torch.equal(indicator(mask.T), found.T)
 
 
 def test_bounds_are_those_of_all_tensors_together():
