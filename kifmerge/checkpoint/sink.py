@@ -184,7 +184,7 @@ class _OpenFile:
         self._span = _Span(path.name, len(first), end)
         self._pending: dict[int, Any] = {}
         self._pending_bytes = 0
-        self._behind = WriteBehind()
+        self._behind = WriteBehind(end)
         self._header_bytes = len(first)
 
     def add(self, name: str, start: int, values: Tensor) -> None:

@@ -14,7 +14,9 @@ import os
 import sys
 from collections.abc import Callable
 
-WINDOW_BYTES = 1 << 26
+LARGE_FILE_BYTES = 1 << 26
+# Measured for 1 GB: 0.60 s in the system; 0.86 with 64 MB, 0.58 with 8.
+WINDOW_BYTES = 1 << 24
 # Names of Linux's options in fcntl.h.
 _WAIT_BEFORE, _WRITE, _WAIT_AFTER = 1, 2, 4
 # A system, or a kind of file, without such a call.
@@ -24,11 +26,15 @@ _NOT_THERE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ESPIPE, errno.
 class WriteBehind:
     """Follows the writing of one file. Parts may come in any order, each once.
 
-    Only windows that are whole go: what is left in the end, and files smaller than a window, is for
-    the caller to flush. Elsewhere than on Linux nothing happens.
+    Only windows that are whole go: what is left in the end, and all of a file that is not large, is
+    for the caller to flush. Elsewhere than on Linux nothing happens.
+
+    Args:
+        num_bytes: of the file, once it is whole.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, num_bytes: int) -> None:
+        self._is_large = num_bytes >= LARGE_FILE_BYTES
         self._filled: dict[int, int] = {}
         self._sent: int | None = None  # on its way to the disk, while others are being filled
 
@@ -43,7 +49,7 @@ class WriteBehind:
         Raises:
             OSError: the disk is full or broken, which may be told here once, and never again.
         """
-        while start < stop:
+        while self._is_large and start < stop:
             window = start // WINDOW_BYTES
             end = min(stop, (window + 1) * WINDOW_BYTES)
             filled = self._filled.pop(window, 0) + end - start

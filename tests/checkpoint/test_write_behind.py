@@ -14,6 +14,7 @@ from kifmerge.checkpoint.source import TensorInfo, open_source
 from kifmerge.checkpoint.write_behind import WriteBehind
 
 WINDOW_BYTES = 1 << 16
+LARGE_FILE_BYTES = 4 * WINDOW_BYTES
 NUMEL = 12 * WINDOW_BYTES // 4 + 5
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has the call")
@@ -22,6 +23,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has the c
 @pytest.fixture(autouse=True)
 def small_windows(monkeypatch):
     monkeypatch.setattr(write_behind, "WINDOW_BYTES", WINDOW_BYTES)
+    monkeypatch.setattr(write_behind, "LARGE_FILE_BYTES", LARGE_FILE_BYTES)
 
 
 def cached_bytes(path):
@@ -79,7 +81,9 @@ def test_little_of_it_stays_in_the_cache(tmp_path, monkeypatch):
 
 @linux
 def test_small_files_stay_in_the_cache(tmp_path):
-    path = written(tmp_path, torch.randn(WINDOW_BYTES // 8), part_numel=1000, seed=0)
+    numel = LARGE_FILE_BYTES // 4 - 100  # the header makes up for less
+    path = written(tmp_path, torch.randn(numel), part_numel=1000, seed=0)
+    assert 3 * WINDOW_BYTES < path.stat().st_size < LARGE_FILE_BYTES
     assert cached_bytes(path) >= path.stat().st_size
 
 
@@ -92,7 +96,7 @@ def test_windows_go_when_they_are_whole(tmp_path, monkeypatch):
         "_sync",
         lambda d, window, flags: sent.append((window, flags)) or real(d, window, flags),
     )
-    behind = WriteBehind()
+    behind = WriteBehind(LARGE_FILE_BYTES)
     with (tmp_path / "file").open("wb") as file:
         file.write(bytes(3 * WINDOW_BYTES))
         file.flush()
@@ -109,14 +113,14 @@ def test_windows_go_when_they_are_whole(tmp_path, monkeypatch):
 def test_an_error_of_the_disk_is_told():
     # Once told it is told no more: to pass it over would be to lose it.
     with pytest.raises(OSError, match=os.strerror(errno.EBADF)):
-        WriteBehind().note(-1, 0, WINDOW_BYTES)
+        WriteBehind(LARGE_FILE_BYTES).note(-1, 0, WINDOW_BYTES)
 
 
 @linux
 def test_what_is_no_file_on_a_disk_is_left_alone():
     reading, writing = os.pipe()
     try:
-        WriteBehind().note(writing, 0, 4 * WINDOW_BYTES)
+        WriteBehind(LARGE_FILE_BYTES).note(writing, 0, 4 * WINDOW_BYTES)
     finally:
         os.close(reading)
         os.close(writing)
