@@ -291,7 +291,7 @@ def every_rule(test: Callable[..., None]) -> Callable[..., None]:
 def cut_small(patch: pytest.MonkeyPatch, num_bytes: int) -> None:
     """Have all phases of a merge work in pieces of at most so many bytes."""
     patch.setattr(pieces_module, "CPU_PIECE_BYTES", num_bytes)
-    patch.setattr(merge_plan_module, "CPU_PIECE_BYTES", num_bytes)
+    patch.setattr(merge_plan_module, "MOST_PIECE_BYTES", num_bytes)
     patch.setattr(merge_plan_module, "LEAST_PIECE_BYTES", 1)
     patch.setattr(selection_module, "COUNTED_BYTES", num_bytes)
     patch.setattr(selection_module, "LEAST_COUNTED_BYTES", 1)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kifmerge.checkpoint.device import DEVICE_PIECE_BYTES
-from kifmerge.checkpoint.pieces import CPU_PIECE_BYTES
 from kifmerge.checkpoint.sink import Layout
 from kifmerge.checkpoint.workers import num_processors, peak_bytes
 from kifmerge.fusion.estimate import MODEL_NS, SCORE_NS, WRITE_NS, Load, network_load
@@ -20,8 +19,10 @@ _SPARE_BYTES = 24 << 20
 # Buffers of all workers together, and of one: where there are many, or more than two models and
 # a base, pieces are smaller.
 MOST_BUFFER_BYTES = 96 << 20
-_WORKER_BUFFER_BYTES = 13 << 20
+_WORKER_BUFFER_BYTES = 20 << 20
 LEAST_PIECE_BYTES = 1 << 16
+# Measured: larger ones leave the cache; smaller ones make two workers wait for the interpreter.
+MOST_PIECE_BYTES = 3 << 19
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +91,7 @@ class MergeNeeds:
         if self.opened.weights.device is not None:
             return DEVICE_PIECE_BYTES
         budget_bytes = min(MOST_BUFFER_BYTES, max(self.num_workers, 1) * _WORKER_BUFFER_BYTES)
-        return max(min(CPU_PIECE_BYTES, budget_bytes // self._num_buffers), LEAST_PIECE_BYTES)
+        return max(min(MOST_PIECE_BYTES, budget_bytes // self._num_buffers), LEAST_PIECE_BYTES)
 
     @property
     def _num_buffers(self) -> int:
