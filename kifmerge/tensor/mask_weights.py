@@ -2,7 +2,7 @@
 
 A weight depends on nothing but which models find an element important. On a CPU it is computed once
 for each of these cases, which are few, and looked up for two or four elements at a time: measured,
-a third to two thirds of the time, and the same bits.
+half of the time, and the same bits.
 
 References:
     Recurrent-KIF, arXiv 2502.17510, with the weights of the authors' released code; those of any
@@ -27,7 +27,7 @@ DEFAULT_SHARED_WEIGHTS = (0.4, 0.6)
 _Law = Callable[[Sequence[Tensor], tuple[float, ...], Redundant], Iterator[Tensor]]
 
 # Beyond, tables outgrow a processor's cache.
-_MOST_LOOKED_UP = 8
+_MOST_LOOKED_UP = 6
 _BYTE = 8
 # Elements of a row -> the type that is copied as one.
 _ROW_DTYPES = {2: torch.float64, 4: torch.complex128}
