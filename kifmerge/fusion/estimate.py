@@ -24,15 +24,15 @@ WRITE_NS = 1.0
 SCORE_NS = 0.2
 # Per parameter of each model that is merged: reading it, its part of a base, and the rule.
 MODEL_NS: Mapping[str, float] = {
-    "linear": 1.0,
-    "average": 1.4,
-    "task-arithmetic": 1.7,
-    "magmax": 3.7,
-    "ties": 7.7,
-    "recurrent-kif": 3.0,
-    "recurrent-kif-adaptive": 4.0,
-    "kif": 3.7,
-    "kif-adaptive": 5.5,
+    "linear": 0.9,
+    "average": 1.7,
+    "task-arithmetic": 1.6,
+    "magmax": 2.6,
+    "ties": 8.4,
+    "recurrent-kif": 3.1,
+    "recurrent-kif-adaptive": 3.9,
+    "kif": 3.5,
+    "kif-adaptive": 4.2,
 }
 # Per parameter of a model that is pruned.
 PRUNE_NS = 3.0
