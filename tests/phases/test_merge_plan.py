@@ -237,6 +237,17 @@ def test_of_a_model_of_671_billion_parameters(tmp_path):
     assert seconds < MOST_SECONDS
 
 
+def peak_of_torch():
+    """What a process that imports torch, and does nothing, has held at most."""
+    program = (
+        "import torch; from kifmerge.checkpoint.workers import peak_bytes; print(peak_bytes())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    return int(done.stdout)
+
+
 @pytest.mark.slow
 def test_of_a_model_of_671_billion_parameters_on_the_hub(tmp_path, hub):
     """What is not read yet takes no memory but for headers, which cost two requests a file."""
@@ -252,8 +263,8 @@ def test_of_a_model_of_671_billion_parameters_on_the_hub(tmp_path, hub):
     plan = json.loads(done.stdout)
     assert plan["write_bytes"] == model.num_bytes
     assert plan["pulled_bytes"] == 3 * model.num_bytes
-    # About 500 alone; how much of the headers is in memory at once depends on what else runs.
-    assert plan["peak_memory_bytes"] <= 600_000_000
+    # What `import torch` takes differs by 50 MB between two environments on one machine.
+    assert plan["peak_memory_bytes"] <= 310_000_000 + peak_of_torch()
     asked = Counter(row.kind for row in hub.log if (row.file or "").endswith(".safetensors"))
     assert asked == {"resolve": 3 * 163, "cdn": 3 * 163}
 
