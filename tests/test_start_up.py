@@ -39,3 +39,17 @@ def test_merge_and_prune_never_import_transformers(tmp_path, command):
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == ""
     assert (tmp_path / "out").is_dir()
+
+
+def test_nothing_is_collected_when_the_command_ends():
+    program = """
+import atexit, gc, sys
+atexit.register(lambda: print(gc.get_freeze_count() > 10_000, file=sys.stderr))
+sys.argv = ["kifmerge", "--version"]
+from kifmerge.cli import main
+main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stderr == "True\n"

@@ -5,6 +5,8 @@ Heavy libraries are imported inside the commands, so that ``--help`` answers at 
 
 from __future__ import annotations
 
+import atexit
+import gc
 import importlib.metadata
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -84,4 +86,7 @@ for _command in _COMMANDS:
 
 def main() -> None:
     """Entry point of the ``kifmerge`` command."""
+    # At the end nothing is looked for in all that libraries have made, since memory goes with the
+    # process. Measured with torch: 0.35 seconds of a processor.
+    atexit.register(gc.freeze)
     app()
