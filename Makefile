@@ -11,7 +11,7 @@ PARALLEL = --numprocesses logical --maxprocesses 8 --dist worksteal
 
 setup: .venv/ready
 
-.venv/ready: pyproject.toml constraints.txt
+.venv/ready: pyproject.toml constraints.txt kifmerge/tensor/native.c
 	python3 -m venv .venv
 	$(PYTHON) -m pip install --quiet --upgrade pip
 	$(PYTHON) -m pip install --quiet --constraint constraints.txt torch

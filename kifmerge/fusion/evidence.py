@@ -32,10 +32,13 @@ class Evidence:
     Attributes:
         shows: one function per model; none for rules that need nothing.
         thresholds: role -> threshold, where the scope is global and masks come from scores.
+        smallest_kept: of each model, tensor name -> the smallest absolute value of its task vector
+            that is kept; of the largest changes.
     """
 
     shows: Sequence[ShowPiece] = ()
     thresholds: Mapping[str, float] = field(default_factory=dict)
+    smallest_kept: Sequence[Mapping[str, float]] = ()
 
 
 NOTHING = Evidence()
@@ -127,12 +130,15 @@ def evidence_from_vectors(
         workers: share the passes over the weights.
         ranks: share them too.
     """
-    shows = []
-    for index in range(len(weights.models)):
-        sizes = VectorSizes(weights, index)
-        marks = mark_largest(sizes, names, options.density, options.scope, workers, ranks)
-        shows.append(marks.show_largest)
-    return Evidence(shows=shows)
+    marks = [
+        mark_largest(
+            VectorSizes(weights, index), names, options.density, options.scope, workers, ranks
+        )
+        for index in range(len(weights.models))
+    ]
+    return Evidence(
+        shows=[m.show_largest for m in marks], smallest_kept=[m.smallest_kept for m in marks]
+    )
 
 
 def _blind(show: Callable[[Piece], Tensor]) -> ShowPiece:

@@ -18,6 +18,7 @@ from kifmerge.checkpoint.device import own_stream
 from kifmerge.checkpoint.pieces import Piece, pieces, split_piece
 from kifmerge.checkpoint.sink import Sink
 from kifmerge.checkpoint.workers import Workers
+from kifmerge.fusion.compiled import Compiled, compiled_rule
 from kifmerge.fusion.evidence import Evidence
 from kifmerge.fusion.rules import RULES, FusionOptions
 from kifmerge.fusion.weights import Weights
@@ -58,14 +59,13 @@ def fuse(
     Returns:
         Under rules that use masks, what the models find important in common.
     """
-    counts_masks = options.needs in ("masks", "unit-masks")
+    compiled = compiled_rule(weights, evidence, options)
     overlap = Overlap()
 
     def fuse_piece(piece: Piece) -> tuple[int, Tensor | None]:
         with own_stream(weights.device):
-            fused, shown = _fuse_piece(piece, weights, evidence, options)
-            values = fused.to(sink.info(piece[0].name).dtype)
-            counts = _count_overlap(shown) if counts_masks else None
+            dtype = sink.info(piece[0].name).dtype
+            values, counts = _fuse_piece(piece, weights, evidence, options, compiled, dtype)
             if weights.device is not None:
                 values, counts = values.cpu(), None if counts is None else counts.cpu()
             for part, part_values in split_piece(values, piece):
@@ -85,12 +85,21 @@ def fuse(
 
 
 def _fuse_piece(
-    piece: Piece, weights: Weights, evidence: Evidence, options: FusionOptions
-) -> tuple[Tensor, list[Tensor]]:
-    """Fused values of a piece, in float32, and what the rule was shown."""
+    piece: Piece,
+    weights: Weights,
+    evidence: Evidence,
+    options: FusionOptions,
+    compiled: Compiled | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None]:
+    """Fused values of a piece, and under rules that use masks what they have in common."""
     rule = RULES[options.rule]
     sources = weights.sources if rule.needs_base else weights.models
     stored = [weights.stored(source, piece) for source in sources]
+    if compiled is not None and all(values.device.type == "cpu" for values in stored):
+        found = compiled.fuse(piece, stored, dtype)
+        if found is not None:
+            return found
     models = [values.float() for values in stored]
     if rule.fuse_vectors is None:
         assert rule.fuse_weights is not None
@@ -106,7 +115,8 @@ def _fuse_piece(
     if not (rule.carries_nonfinite and all_finite([fused])):
         for source, values in zip(sources, stored, strict=True):
             weights.refuse_nonfinite(source, piece, values)
-    return fused, shown
+    counts_masks = options.needs in ("masks", "unit-masks")
+    return fused.to(dtype), _count_overlap(shown) if counts_masks else None
 
 
 class Overlap:

@@ -170,7 +170,8 @@ def _kif(models: Sequence[Tensor], shown: Sequence[Tensor], options: FusionOptio
     return kif(*models, *shown, shared_weights=options.shared_weights)
 
 
-def _all_alike(options: FusionOptions, num_models: int) -> Sequence[float]:
+def all_alike(options: FusionOptions, num_models: int) -> Sequence[float]:
+    """The weights of the models, 1 each unless told otherwise."""
     return options.weights or (1.0,) * num_models
 
 
@@ -213,21 +214,21 @@ RULES: Mapping[RuleName, Rule] = {
         needs="nothing",
         options=("weights", "normalise"),
         fuse_weights=lambda models, shown, options: linear(
-            models, _all_alike(options, len(models)), normalise=options.normalise
+            models, all_alike(options, len(models)), normalise=options.normalise
         ),
     ),
     "task-arithmetic": Rule(
         needs="nothing",
         options=("weights", "scale"),
         fuse_vectors=lambda base, vectors, shown, options: task_arithmetic(
-            base, vectors, _all_alike(options, len(vectors)), scale=options.scale
+            base, vectors, all_alike(options, len(vectors)), scale=options.scale
         ),
     ),
     "ties": Rule(
         needs="largest",
         options=("density", "scope", "weights", "scale"),
         fuse_vectors=lambda base, vectors, shown, options: ties(
-            base, vectors, shown, _all_alike(options, len(vectors)), scale=options.scale
+            base, vectors, shown, all_alike(options, len(vectors)), scale=options.scale
         ),
     ),
     "magmax": Rule(

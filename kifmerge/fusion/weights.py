@@ -17,6 +17,7 @@ from kifmerge.checkpoint.source import Source, peek
 from kifmerge.errors import CheckpointError
 from kifmerge.fusion.checked import nonfinite_error
 from kifmerge.tensor.importance import all_finite
+from kifmerge.tensor.native import sizes_of
 
 Nonfinite = Literal["refuse", "keep"]
 
@@ -59,20 +60,22 @@ class Weights:
             error = nonfinite_error(source, piece, values)
             raise CheckpointError(f"{error}. Mend the checkpoint, or --nonfinite keep")
 
+    @property
+    def starts(self) -> list[int]:
+        """For each model, where its task vector starts: 0 for the base, i for the i-th model."""
+        parents = self.parents or (None,) * len(self.models)
+        return [0 if parent is None else parent + 1 for parent in parents]
+
     def parent(self, index: int) -> Source:
         """Where the task vector of a model starts."""
-        found = self.parents[index] if self.parents else None
-        parent = self.base if found is None else self.models[found]
+        parent = [self.base, *self.models][self.starts[index]]
         assert parent is not None
         return parent
 
     def vectors(self, base: Tensor, models: Sequence[Tensor]) -> list[Tensor]:
         """Task vectors of the models in one piece."""
-        parents = self.parents or (None,) * len(models)
-        return [
-            values - (base if parent is None else models[parent])
-            for values, parent in zip(models, parents, strict=True)
-        ]
+        ends = [base, *models]
+        return [values - ends[start] for values, start in zip(models, self.starts, strict=True)]
 
 
 class VectorSizes:
@@ -99,23 +102,23 @@ class VectorSizes:
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Of these elements."""
-        part = Range(name, start, stop)
-        model, parent = (self._finite(source, part) for source in (self._model, self._parent))
-        sizes = (model - parent).abs_()
-        # NaN, where it is to be carried on, is in no order: it counts as the largest.
-        return sizes.nan_to_num_(math.inf, math.inf) if self._weights.nonfinite == "keep" else sizes
-
-    def _finite(self, source: Source, part: Range) -> Tensor:
-        values = self._weights.stored(source, [part]).float()
-        self._weights.refuse_nonfinite(source, [part], values)
-        return values
+        piece = [Range(name, start, stop)]
+        ends = (self._model, self._parent)
+        stored = [self._weights.stored(source, piece) for source in ends]
+        sizes = sizes_of(*stored)
+        if not all_finite([sizes]):  # so is neither, or their difference overflows
+            for source, values in zip(ends, stored, strict=True):
+                self._weights.refuse_nonfinite(source, piece, values)
+            # NaN, where it is to be carried on, is in no order: it counts as the largest.
+            sizes.nan_to_num_(math.inf, math.inf)
+        return sizes
 
     def peek(self, name: str, start: int, stop: int) -> Tensor | None:
         """Of these elements, out of turn; whatever they are."""
         model, parent = (peek(s, name, start, stop) for s in (self._model, self._parent))
         if model is None or parent is None:
             return None
-        return (model.float() - parent.float()).abs_()
+        return sizes_of(model, parent)
 
     def where(self, name: str) -> str:
         """The model's file."""

@@ -47,11 +47,7 @@ def linear(models: Sequence[Tensor], weights: Sequence[float], *, normalise: boo
     dtype = models[0].dtype
     if not normalise:
         return _weighted_sum(models, weights).to(dtype)
-    total = math.fsum(weights)
-    if total == 0.0:
-        raise ValueError(f"weights that add up to 0 cannot be normalised: {list(weights)}")
-    shares = [weight / total for weight in weights]
-    pivot = max(range(len(models)), key=lambda index: abs(shares[index]))
+    pivot, shares = pivot_and_shares(weights)
     origin = models[pivot].float()
     result: Tensor | None = None
     for index, (model, share) in enumerate(zip(models, shares, strict=True)):
@@ -59,6 +55,22 @@ def linear(models: Sequence[Tensor], weights: Sequence[float], *, normalise: boo
             term = (model.float() - origin).mul_(share)
             result = term if result is None else result.add_(term)
     return (origin.clone() if result is None else result.add_(origin)).to(dtype)
+
+
+def pivot_and_shares(weights: Sequence[float]) -> tuple[int, list[float]]:
+    """Which weight is the largest, and each of them divided by their sum.
+
+    Raises:
+        ValueError: weights that add up to 0.
+
+    >>> pivot_and_shares([1.0, 3.0])
+    (1, [0.25, 0.75])
+    """
+    total = math.fsum(weights)
+    if total == 0.0:
+        raise ValueError(f"weights that add up to 0 cannot be normalised: {list(weights)}")
+    shares = [weight / total for weight in weights]
+    return max(range(len(shares)), key=lambda index: abs(shares[index])), shares
 
 
 def task_arithmetic(

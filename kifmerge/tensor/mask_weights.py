@@ -1,8 +1,7 @@
 """Weights of task vectors, from masks of what each model finds important.
 
-A weight depends on nothing but which models find an element important. On a CPU it is computed once
-for each of these cases, which are few, and looked up for two or four elements at a time: measured,
-half of the time, and the same bits.
+A weight depends on nothing but which models find an element important: :func:`by_code` has them for
+each of these cases, which are few.
 
 References:
     Recurrent-KIF, arXiv 2502.17510, with the weights of the authors' released code; those of any
@@ -11,9 +10,8 @@ References:
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -22,17 +20,6 @@ from torch import Tensor
 Redundant = Literal["average", "drop"]
 
 DEFAULT_SHARED_WEIGHTS = (0.4, 0.6)
-
-# Masks, numbers of the rule, what becomes of redundant parameters -> a weight for each mask.
-_Law = Callable[[Sequence[Tensor], tuple[float, ...], Redundant], Iterator[Tensor]]
-
-# Beyond, tables outgrow a processor's cache.
-_MOST_LOOKED_UP = 6
-_BYTE = 8
-# Elements of a row -> the type that is copied as one.
-_ROW_DTYPES = {2: torch.float64, 4: torch.complex128}
-# Brings the lowest two bits of four bytes together in the highest byte.
-_GATHER = sum(1 << (24 - 6 * element) for element in range(4))
 
 
 def indicator(mask: Tensor) -> Tensor:
@@ -81,7 +68,18 @@ def recurrent_kif_weights(
     >>> next(recurrent_kif_weights(new, historical))
     tensor([0.4000, 1.0000, 0.0000, 0.5000])
     """
-    return _weights(_of_two_sides, (new_important, historical_important), shared_weights, redundant)
+    new, historical = (mask.view(torch.uint8) for mask in (new_important, historical_important))
+    both = new & historical
+    # What is not shared, in whole steps: of 1 in (n, h), or of 1/2 in (1 + n - h, 1 - n + h).
+    if redundant == "drop":
+        step, unshared = 1.0, (new - both, historical - both)
+    else:
+        lead, rest = new - historical, both ^ 1  # bytes wrap around, and back in the sum
+        step, unshared = 0.5, (rest + lead, rest - lead)
+    shared = both.float()
+    for steps, weight in zip(unshared, shared_weights, strict=True):
+        # A number times 0 or 1 is exact, so that add_ may fuse the two operations or not.
+        yield steps.float().mul_(step).add_(shared, alpha=weight)
 
 
 def importance_weights(
@@ -119,28 +117,11 @@ def importance_weights(
         )
     if not all(math.isfinite(share) and share > 0 for share in shares):
         raise ValueError(f"shares must be finite and above 0, found {list(shares)}")
-    return _weights(_of_models, important, tuple(shares), redundant)
-
-
-def _of_two_sides(
-    masks: Sequence[Tensor], shared_weights: tuple[float, ...], redundant: Redundant
-) -> Iterator[Tensor]:
-    new, historical = (mask.view(torch.uint8) for mask in masks)
-    both = new & historical
-    # What is not shared, in whole steps: of 1 in (n, h), or of 1/2 in (1 + n - h, 1 - n + h).
-    if redundant == "drop":
-        step, unshared = 1.0, (new - both, historical - both)
-    else:
-        lead, rest = new - historical, both ^ 1  # bytes wrap around, and back in the sum
-        step, unshared = 0.5, (rest + lead, rest - lead)
-    shared = both.float()
-    for steps, weight in zip(unshared, shared_weights, strict=True):
-        # A number times 0 or 1 is exact, so that add_ may fuse the two operations or not.
-        yield steps.float().mul_(step).add_(shared, alpha=weight)
+    return _of_models(important, shares, redundant)
 
 
 def _of_models(
-    masks: Sequence[Tensor], shares: tuple[float, ...], redundant: Redundant
+    masks: Sequence[Tensor], shares: Sequence[float], redundant: Redundant
 ) -> Iterator[Tensor]:
     nobody = masks[0].view(torch.uint8) ^ 1
     for mask in masks[1:]:
@@ -155,54 +136,21 @@ def _of_models(
         yield torch.add(redundant_weight, weight, alpha=share, out=weight).div_(total)
 
 
-def _weights(
-    law: _Law, masks: Sequence[Tensor], numbers: tuple[float, ...], redundant: Redundant
-) -> Iterator[Tensor]:
-    """Of each mask, by a law: looked up where that is faster."""
-    first = masks[0]
-    if first.device.type != "cpu" or len(masks) > _MOST_LOOKED_UP:
-        yield from law(masks, numbers, redundant)
-        return
-    row_numel = _row_numel(len(masks))
-    rows = _row_numbers([mask.reshape(-1) for mask in masks], row_numel)
-    for table in _tables(law, len(masks), numbers, redundant):
-        found = table.index_select(0, rows).view(torch.float32)
-        yield found[: first.numel()].view(first.shape)
+def by_code(weights_of: Callable[[Sequence[Tensor]], Iterable[Tensor]], num_masks: int) -> Tensor:
+    """Weights for each set of masks that may hold an element.
 
+    Args:
+        weights_of: masks -> a weight for each, element by element.
+        num_masks: that it is given.
 
-def _row_numel(num_masks: int) -> int:
-    return 4 if num_masks <= 2 else 2
+    Returns:
+        One row per mask, of 2 ** num_masks: in the i-th column where those masks hold an element
+        whose bits i has, the first mask's the least significant.
 
-
-def _row_numbers(masks: Sequence[Tensor], row_numel: int) -> Tensor:
-    """The rows of the tables that hold the weights of so many elements each, as int32."""
-    codes = _codes([mask.view(torch.uint8) for mask in masks])
-    if len(codes) % row_numel:
-        codes = torch.nn.functional.pad(codes, (0, -len(codes) % row_numel))
-    if row_numel == 2:
-        return codes.view(torch.uint16).to(torch.int32)
-    return codes.view(torch.int32).mul_(_GATHER).bitwise_right_shift_(24).bitwise_and_(0xFF)
-
-
-def _codes(masks: Sequence[Tensor]) -> Tensor:
-    """One byte per element: which of the masks hold it, the first in the least significant bit."""
-    codes = masks[-1].clone()
-    for mask in masks[-2::-1]:
-        codes.mul_(2).bitwise_or_(mask)
-    return codes
-
-
-@functools.lru_cache(maxsize=16)
-def _tables(
-    law: _Law, num_masks: int, numbers: tuple[float, ...], redundant: Redundant
-) -> Sequence[Tensor]:
-    """Of each mask: the weights of as many elements as make a row, for each row number."""
-    row_numel = _row_numel(num_masks)
-    code_bits = 2 if row_numel == 4 else _BYTE
-    num_rows = 1 << (code_bits * (row_numel - 1) + min(num_masks, code_bits))
-    numbers_of_rows = torch.arange(num_rows, dtype=torch.int32, device="cpu").unsqueeze(1)
-    shifts = torch.arange(row_numel, dtype=torch.int32, device="cpu") * code_bits
-    codes = numbers_of_rows >> shifts
+    >>> by_code(lambda masks: recurrent_kif_weights(*masks), 2)
+    tensor([[0.5000, 1.0000, 0.0000, 0.4000],
+            [0.5000, 0.0000, 1.0000, 0.6000]])
+    """
+    codes = torch.arange(1 << num_masks, device="cpu")
     masks = [(codes >> bit & 1).to(torch.bool) for bit in range(num_masks)]
-    row_dtype = _ROW_DTYPES[row_numel]
-    return [weights.view(row_dtype).reshape(-1) for weights in law(masks, numbers, redundant)]
+    return torch.stack(list(weights_of(masks)))

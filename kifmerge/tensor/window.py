@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kifmerge.tensor.native import find_within
 from kifmerge.tensor.selection import CountReduction, Part, Spread, Threshold
 
 # Numbers next to each other that a window holds: from 1.6 % below the guess to as much above it, or
@@ -150,23 +151,17 @@ def _look(part: Part, first: int) -> Tensor:
     num_above = num_odd = 0
     single, taken, numbers = [], [], []
     # Scratch that is asked for once breaks up no memory.
-    scratch = np.empty(min(values.numel(), _CHUNK_NUMEL), np.uint32)
-    flags = np.empty(scratch.size, np.bool_)
+    room = np.empty(min(values.numel(), _CHUNK_NUMEL), np.uint32)
     for chunk in values.detach().reshape(-1).split(_CHUNK_NUMEL):
         bits = chunk.float().contiguous().numpy().view(np.uint32)
-        places, is_within = scratch[: bits.size], flags[: bits.size]
-        np.greater_equal(bits, np.uint32(first + WINDOW_NUMEL), out=is_within)
-        num_above += int(np.count_nonzero(is_within))
-        np.subtract(
-            bits, np.uint32(first), out=places
-        )  # of values below the window they wrap around
-        np.less(places, np.uint32(WINDOW_NUMEL), out=is_within)
+        places, num_beyond, largest = find_within(bits, first, WINDOW_NUMEL, room)
+        num_above += num_beyond
         # The bits of NaN, and of all that has a sign, are beyond those of infinity.
-        num_odd += bits.size > 0 and int(bits.max()) > _INFINITY_BITS
-        if np.count_nonzero(is_within) * _LEAST_SPARSE <= bits.size:
-            single.append(places[np.flatnonzero(is_within)])
+        num_odd += largest > _INFINITY_BITS
+        if places.size * _LEAST_SPARSE <= bits.size:
+            single.append(places.copy())
             continue
-        found = np.bincount(places[is_within])
+        found = np.bincount(places)
         taken.append(np.flatnonzero(found))
         numbers.append(found[taken[-1]])
     head = [values.numel(), num_above, num_odd, sum(places.size for places in single)]

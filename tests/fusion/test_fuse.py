@@ -1,6 +1,7 @@
 """The engine over live tensors: the oracle's values, and laws that hold for every rule."""
 
 from dataclasses import replace
+from unittest import mock
 
 import merge_oracle
 import merges
@@ -18,6 +19,7 @@ from kifmerge.fusion.evidence import evidence_from_scores, evidence_from_vectors
 from kifmerge.fusion.fuse import Overlap, fuse
 from kifmerge.fusion.rules import FusionOptions
 from kifmerge.fusion.weights import Weights
+from kifmerge.tensor import native
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Masks and units kept in files are a matter of files.
@@ -94,6 +96,30 @@ def test_fused_weights_are_the_oracle_s(variant, sizes, dtype, seed):
         # Float32 on the way, and once rounded to the dtype.
         tolerance = 2 * torch.finfo(value.dtype).eps
         torch.testing.assert_close(value.double(), expected[name], rtol=tolerance, atol=4e-6)
+
+
+# Of a linear merge only the weighted mean.
+COMPILED = ("recurrent-kif", "average", "linear", "task-arithmetic", "ties")
+
+
+@pytest.mark.skipif(not native.is_built(), reason="there was no C compiler")
+@every_variant
+@few
+@given(sizes=sizes, dtype=st.sampled_from(DTYPES), seed=st.integers(0, 1000))
+def test_the_compiled_part_gives_torch_s_bits(variant, sizes, dtype, seed):
+    case = Case(sizes, dtype, seed, roles=variant.roles)
+    with (
+        mock.patch.object(native, "add_up", wraps=native.add_up) as add_up,
+        mock.patch.object(native, "ties", wraps=native.ties) as ties,
+    ):
+        compiled, overlap = case.fused(variant), case.overlap
+    assert (add_up.called or ties.called) == (
+        variant.rule.rule in COMPILED and variant.rule.normalise
+    )
+    with mock.patch.object(native, "is_built", return_value=False):
+        assert merges.same_bits(case.fused(variant), compiled)
+    assert case.overlap.counts == overlap.counts
+    assert case.overlap.num_marked == overlap.num_marked
 
 
 @pytest.mark.parametrize("parent", ["new", "base"])

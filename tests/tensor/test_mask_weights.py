@@ -6,8 +6,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kifmerge.tensor import mask_weights
-from kifmerge.tensor.mask_weights import importance_weights, indicator, recurrent_kif_weights
+from kifmerge.tensor.mask_weights import (
+    by_code,
+    importance_weights,
+    indicator,
+    recurrent_kif_weights,
+)
 
 SEEDS = st.integers(0, 2**31)
 REDUNDANT = st.sampled_from(["average", "drop"])
@@ -22,18 +26,6 @@ def draw_masks(seed, num_models, shape=(4, 6)):
 
 def bits(tensors):
     return [tensor.view(torch.int32).tolist() for tensor in tensors]
-
-
-@pytest.fixture
-def by_arithmetic(monkeypatch):
-    """The weights of the same masks, none of them looked up."""
-
-    def weights_of(function, *arguments, **options):
-        with monkeypatch.context() as patch:
-            patch.setattr(mask_weights, "_MOST_LOOKED_UP", 0)
-            return list(function(*arguments, **options))
-
-    return weights_of
 
 
 @pytest.mark.parametrize(
@@ -72,17 +64,21 @@ def test_weights_of_models_for_every_set_of_them(shares, redundant):
 
 @pytest.mark.parametrize("num_models", range(1, 10))
 @pytest.mark.parametrize("redundant", ["average", "drop"])
-def test_what_is_looked_up_has_the_bits_of_what_is_computed(num_models, redundant, by_arithmetic):
+def test_weights_by_code_are_those_of_the_elements(num_models, redundant):
     shares = [0.1 + 0.37 * number for number in range(num_models)]
-    for numel in (0, 1, 2, 3, 4, 5, 1001):
-        masks = draw_masks(numel, num_models, (numel,))
-        found = list(importance_weights(masks, shares, redundant=redundant))
-        expected = by_arithmetic(importance_weights, masks, shares, redundant=redundant)
-        assert bits(found) == bits(expected), numel
-        if num_models == 2:
-            options = {"shared_weights": (0.123, 3.7), "redundant": redundant}
-            found = list(recurrent_kif_weights(*masks, **options))
-            assert bits(found) == bits(by_arithmetic(recurrent_kif_weights, *masks, **options))
+    masks = draw_masks(num_models, num_models, (1001,))
+    codes = sum(mask.long() << bit for bit, mask in enumerate(masks))
+
+    def weights_of(masks):
+        return importance_weights(masks, shares, redundant=redundant)
+
+    found = by_code(weights_of, num_models)
+    assert found.shape == (num_models, 2**num_models)
+    assert bits(found[:, codes]) == bits(weights_of(masks))
+    if num_models == 2:
+        options = {"shared_weights": (0.123, 3.7), "redundant": redundant}
+        found = by_code(lambda masks: recurrent_kif_weights(*masks, **options), 2)
+        assert bits(found[:, codes]) == bits(recurrent_kif_weights(*masks, **options))
 
 
 @given(seed=SEEDS, num_models=st.integers(1, 9))

@@ -1,0 +1,286 @@
+/* Loops over elements, each in one pass where torch makes one for every operation.
+
+   Every element is rounded as torch's arithmetic rounds it, operation by operation: build with
+   -ffp-contract=off. kifmerge/tensor/native.py declares what is called here. */
+
+#include <stdint.h>
+#include <string.h>
+
+/* What is at hand between operations stays in the first level of cache. */
+#define BLOCK 2048
+#define LANES 64
+#define TIES_BLOCK 512 /* of which there is one for each model */
+#define MOST_MODELS 8
+
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#define FOR_EACH_PROCESSOR __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define FOR_EACH_PROCESSOR
+#endif
+
+#if defined(__GNUC__)
+#define INLINE static inline __attribute__((always_inline))
+#else
+#define INLINE static inline
+#endif
+
+enum { FLOAT32 = 0, BFLOAT16 = 1 };
+
+INLINE uint32_t bits_of(float value)
+{
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+INLINE void load(const void *stored, int kind, int64_t start, int64_t n, float *restrict values)
+{
+    if (kind == FLOAT32) {
+        memcpy(values, (const float *)stored + start, (size_t)n * sizeof(float));
+        return;
+    }
+    const uint16_t *restrict halves = (const uint16_t *)stored + start;
+    for (int64_t k = 0; k < n; k++) {
+        uint32_t bits = (uint32_t)halves[k] << 16;
+        memcpy(values + k, &bits, sizeof bits);
+    }
+}
+
+/* To the nearest, and of two as near to the even one; of finite values. */
+INLINE void store(const float *restrict values, int64_t n, void *stored, int kind, int64_t start)
+{
+    if (kind == FLOAT32) {
+        memcpy((float *)stored + start, values, (size_t)n * sizeof(float));
+        return;
+    }
+    uint16_t *restrict halves = (uint16_t *)stored + start;
+    for (int64_t k = 0; k < n; k++) {
+        uint32_t bits = bits_of(values[k]);
+        halves[k] = (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+    }
+}
+
+/* Which of the masks hold an element: the first in the least significant bit. */
+INLINE void encode(const uint8_t *const *masks, int num_masks, int64_t start, int64_t n,
+                   uint8_t *restrict codes)
+{
+    memcpy(codes, masks[0] + start, (size_t)n);
+    for (int i = 1; i < num_masks; i++) {
+        const uint8_t *restrict mask = masks[i] + start;
+        for (int64_t k = 0; k < n; k++)
+            codes[k] |= (uint8_t)(mask[k] << i);
+    }
+}
+
+INLINE int64_t count(const uint8_t *restrict codes, int64_t n, int code)
+{
+    uint8_t wanted = (uint8_t)code, found[LANES] = {0}; /* of BLOCK / LANES elements each */
+    int64_t total = 0, k = 0;
+    for (; k + LANES <= n; k += LANES)
+        for (int lane = 0; lane < LANES; lane++)
+            found[lane] += codes[k + lane] == wanted;
+    for (; k < n; k++)
+        total += codes[k] == wanted;
+    for (int lane = 0; lane < LANES; lane++)
+        total += found[lane];
+    return total;
+}
+
+/* (x - y) * w, into x. */
+INLINE void weigh(float *restrict x, const float *restrict y, int64_t n,
+                  const float *restrict weights, int num_weights, const uint8_t *restrict codes)
+{
+    if (num_weights == 1) {
+        float weight = weights[0];
+        for (int64_t k = 0; k < n; k++)
+            x[k] = (x[k] - y[k]) * weight;
+    } else if (num_weights == 4) { /* choosing takes half as long as looking up */
+        float none = weights[0], first = weights[1], second = weights[2], both = weights[3];
+        for (int64_t k = 0; k < n; k++) {
+            uint32_t code = codes[k];
+            float without = code & 1 ? first : none, with = code & 1 ? both : second;
+            x[k] = (x[k] - y[k]) * (code & 2 ? with : without);
+        }
+    } else {
+        for (int64_t k = 0; k < n; k++)
+            x[k] = (x[k] - y[k]) * weights[codes[k]];
+    }
+}
+
+INLINE void add(float *restrict sum, const float *restrict x, int64_t n)
+{
+    for (int64_t k = 0; k < n; k++)
+        sum[k] += x[k];
+}
+
+/* Whether any number is infinite or NaN: its exponent is all ones. */
+INLINE uint32_t any_unbounded(const float *restrict values, int64_t n)
+{
+    uint32_t found = 0;
+    for (int64_t k = 0; k < n; k++)
+        found |= ((bits_of(values[k]) & 0x7f800000u) + 0x00800000u) >> 31;
+    return found;
+}
+
+/* Raised whenever what is declared elsewhere changes: a library built before is not used. */
+int64_t kifmerge_native_version(void)
+{
+    return 1;
+}
+
+/* origin + w_1 * (x_1 - y_1) + w_2 * (x_2 - y_2) + ..., in this order, or with the origin last.
+
+   sources, kinds: the tensors, of numel elements each, and their types
+   xs, ys, origin: which of them
+   weights: num_terms rows of 2 ** num_masks, by code
+   counts: where there are masks, elements of all, of none, and of each alone are added there
+   Returns whether all sums are finite; where they are not, what is stored has no meaning. */
+FOR_EACH_PROCESSOR
+int64_t kifmerge_weighted_sum(int64_t numel, const void *const *sources, const uint8_t *kinds,
+                          int num_terms, const int32_t *xs, const int32_t *ys,
+                          const float *weights, int origin, int origin_last, int num_masks,
+                          const uint8_t *const *masks, int64_t *counts, void *out, int out_kind)
+{
+    float sum[BLOCK], x[BLOCK], y[BLOCK];
+    uint8_t codes[BLOCK];
+    int num_weights = 1 << num_masks;
+    uint32_t unbounded = 0;
+    for (int64_t start = 0; start < numel; start += BLOCK) {
+        int64_t n = numel - start < BLOCK ? numel - start : BLOCK;
+        if (num_masks) {
+            encode(masks, num_masks, start, n, codes);
+            counts[0] += count(codes, n, num_weights - 1);
+            counts[1] += count(codes, n, 0);
+            for (int i = 0; i < num_masks; i++)
+                counts[2 + i] += count(codes, n, 1 << i);
+        }
+        if (!origin_last)
+            load(sources[origin], kinds[origin], start, n, sum);
+        for (int t = 0; t < num_terms; t++) {
+            load(sources[xs[t]], kinds[xs[t]], start, n, x);
+            load(sources[ys[t]], kinds[ys[t]], start, n, y);
+            weigh(x, y, n, weights + (int64_t)t * num_weights, num_weights, codes);
+            if (t == 0 && origin_last)
+                memcpy(sum, x, (size_t)n * sizeof(float));
+            else
+                add(sum, x, n);
+        }
+        if (origin_last) {
+            load(sources[origin], kinds[origin], start, n, x);
+            add(sum, x, n);
+        }
+        unbounded |= any_unbounded(sum, n);
+        store(sum, n, out, out_kind, start);
+    }
+    return unbounded == 0;
+}
+
+/* TIES: of each vector x_i - y_i what is at least as large as smallest_kept[i], times its weight;
+   per element the mean of those with the sign of their sum, times the scale, added to the base.
+
+   sources, kinds: the base, and num_models models, of numel elements each, and their types
+   ys: where the vectors start
+   least_divisor: the smallest size of a weight that is not 0
+   Returns whether all vectors and results are finite; where they are not, what is stored has no
+   meaning. */
+FOR_EACH_PROCESSOR
+int64_t kifmerge_ties(int64_t numel, const void *const *sources, const uint8_t *kinds, int num_models,
+                  const int32_t *ys, const float *smallest_kept, const float *weights, float scale,
+                  float least_divisor, void *out, int out_kind)
+{
+    float terms[MOST_MODELS][TIES_BLOCK], y[TIES_BLOCK], sum[TIES_BLOCK], divisor[TIES_BLOCK];
+    uint32_t unbounded = 0;
+    for (int64_t start = 0; start < numel; start += TIES_BLOCK) {
+        int64_t n = numel - start < TIES_BLOCK ? numel - start : TIES_BLOCK;
+        for (int i = 0; i < num_models; i++) {
+            float *restrict term = terms[i];
+            float smallest = smallest_kept[i], weight = weights[i];
+            load(sources[i + 1], kinds[i + 1], start, n, term);
+            load(sources[ys[i]], kinds[ys[i]], start, n, y);
+            for (int64_t k = 0; k < n; k++)
+                term[k] -= y[k];
+            unbounded |= any_unbounded(term, n);
+            for (int64_t k = 0; k < n; k++) {
+                float kept = __builtin_fabsf(term[k]) >= smallest ? 1.0f : 0.0f;
+                term[k] = kept * term[k] * weight;
+            }
+            if (i == 0)
+                memcpy(sum, term, (size_t)n * sizeof(float));
+            else
+                add(sum, term, n);
+        }
+        for (int64_t k = 0; k < n; k++)
+            y[k] = sum[k] < 0.0f ? -1.0f : 1.0f; /* the elected sign */
+        for (int64_t k = 0; k < n; k++)
+            sum[k] = divisor[k] = 0.0f;
+        for (int i = 0; i < num_models; i++) {
+            const float *restrict term = terms[i];
+            float size = __builtin_fabsf(weights[i]);
+            for (int64_t k = 0; k < n; k++) {
+                float agreeing = term[k] * y[k];
+                sum[k] += agreeing > 0.0f ? agreeing : 0.0f;
+                divisor[k] += agreeing > 0.0f ? size : 0.0f;
+            }
+        }
+        for (int64_t k = 0; k < n; k++) {
+            float bounded = divisor[k] < least_divisor ? least_divisor : divisor[k];
+            sum[k] = sum[k] / bounded * y[k] * scale;
+        }
+        load(sources[0], kinds[0], start, n, y);
+        add(sum, y, n);
+        unbounded |= any_unbounded(sum, n);
+        store(sum, n, out, out_kind, start);
+    }
+    return unbounded == 0;
+}
+
+/* |x - y|, into sizes. */
+FOR_EACH_PROCESSOR
+void kifmerge_sizes(int64_t numel, const void *const *sources, const uint8_t *kinds, float *sizes)
+{
+    float y[BLOCK];
+    for (int64_t start = 0; start < numel; start += BLOCK) {
+        int64_t n = numel - start < BLOCK ? numel - start : BLOCK;
+        float *restrict x = sizes + start;
+        load(sources[0], kinds[0], start, n, x);
+        load(sources[1], kinds[1], start, n, y);
+        for (int64_t k = 0; k < n; k++)
+            x[k] = __builtin_fabsf(x[k] - y[k]);
+    }
+}
+
+/* Of numbers, as their bits, those from first on, below first + width.
+
+   places: how far from first each of them lies, in their order; room for numel
+   num_above: how many lie at first + width or above
+   largest: of all bits
+   Returns how many places there are. */
+FOR_EACH_PROCESSOR
+int64_t kifmerge_within(int64_t numel, const uint32_t *numbers, uint32_t first, uint32_t width,
+                        uint32_t *places, int64_t *num_above, uint32_t *largest)
+{
+    int64_t num_within = 0, above = 0;
+    uint32_t most = 0, end = first + width;
+    for (int64_t start = 0; start < numel; start += BLOCK) {
+        int64_t n = numel - start < BLOCK ? numel - start : BLOCK;
+        const uint32_t *restrict bits = numbers + start;
+        uint64_t flags[BLOCK / 8] = {0};
+        uint8_t *flag = (uint8_t *)flags;
+        uint32_t found = 0;
+        for (int64_t k = 0; k < n; k++) {
+            found += bits[k] >= end;
+            most = bits[k] > most ? bits[k] : most;
+        }
+        for (int64_t k = 0; k < n; k++)
+            flag[k] = bits[k] - first < width; /* below first they wrap around */
+        above += found;
+        for (int64_t k = 0; k < n; k += 8)
+            if (flags[k / 8]) /* mostly none of eight */
+                for (int64_t i = k; i < k + 8 && i < n; i++)
+                    if (flag[i])
+                        places[num_within++] = bits[i] - first;
+    }
+    *num_above = above;
+    *largest = most;
+    return num_within;
+}

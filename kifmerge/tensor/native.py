@@ -1,0 +1,247 @@
+"""The compiled part, declared: loops of ``native.c``, built when the package is installed.
+
+Without a C compiler there is none, and torch does the same arithmetic, to the bit, in several
+passes. A library that would round otherwise than torch does is not used.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.machinery
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from kifmerge.tensor.sums import WeightedSum
+
+Bits = npt.NDArray[np.uint32]
+
+# Types that are read and written as they are stored; others go through float32.
+_KINDS = {torch.float32: 0, torch.bfloat16: 1}
+# An element's masks are the bits of one byte.
+MOST_MODELS = 8
+
+_INT64, _INT32, _FLOAT, _POINTER = ctypes.c_int64, ctypes.c_int32, ctypes.c_float, ctypes.c_void_p
+# Of native.c, where it stands as well.
+_VERSION = 1
+_ARGUMENTS = {
+    "kifmerge_weighted_sum": (
+        _INT64, _POINTER, ctypes.c_char_p, _INT32, _POINTER, _POINTER, _POINTER, _INT32, _INT32,
+        _INT32, _POINTER, _POINTER, _POINTER, _INT32,
+    ),
+    "kifmerge_sizes": (_INT64, _POINTER, ctypes.c_char_p, _POINTER),
+    "kifmerge_within": (
+        _INT64, _POINTER, ctypes.c_uint32, ctypes.c_uint32, _POINTER, _POINTER, _POINTER,
+    ),
+    "kifmerge_ties": (
+        _INT64, _POINTER, ctypes.c_char_p, _INT32, _POINTER, _POINTER, _POINTER, _FLOAT,
+        _FLOAT, _POINTER, _INT32,
+    ),
+}  # fmt: skip
+
+
+def is_built() -> bool:
+    """Whether the compiled part is there, and rounds as torch does."""
+    return _library() is not None
+
+
+def add_up(
+    wanted: WeightedSum, tensors: Sequence[Tensor], masks: Sequence[Tensor], dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None] | None:
+    """A weighted sum in one pass, by the compiled part, which must be there.
+
+    Args:
+        wanted: what is to be added up.
+        tensors: floating-point numbers, on the CPU, in one dimension and of one size.
+        masks: bool, one byte for each element; at most MOST_MODELS.
+        dtype: of the sum.
+
+    Returns:
+        The sum, and how many elements all masks hold, none of them, and each of them alone (None
+        without masks); None where NaN or infinity is in the sum, as it is in float32.
+    """
+    library = _library()
+    assert library is not None
+    return _add_up(library, wanted, tensors, masks, dtype)
+
+
+def ties(
+    starts: Sequence[int],
+    weights: Sequence[float],
+    scale: float,
+    dtype: torch.dtype,
+    smallest_kept: Sequence[float],
+    tensors: Sequence[Tensor],
+) -> Tensor | None:
+    """TIES in one pass, by the compiled part, which must be there.
+
+    Args:
+        starts: of each model, where its task vector starts: 0 for the base, i for the i-th model.
+        weights: of the models, at most MOST_MODELS.
+        scale: of the merged task vector.
+        dtype: of the result.
+        smallest_kept: of each model, the smallest absolute value of its task vector that is kept.
+        tensors: base and models; floating-point numbers, on the CPU, in one dimension, of one size.
+
+    Returns:
+        What :func:`kifmerge.tensor.baselines.ties` gives, in another dtype; None where NaN or
+        infinity is in a task vector, or in the result as it is in float32.
+    """
+    library = _library()
+    assert library is not None
+    num_models = len(weights)
+    read, out = _prepared(tensors, dtype)
+    if not len(starts) == num_models == len(smallest_kept) == len(read) - 1 <= MOST_MODELS:
+        raise ValueError(f"{num_models} weights and {len(smallest_kept)} bounds of {len(read) - 1}")
+    sizes = [abs(weight) for weight in weights if weight]
+    is_finite = library.kifmerge_ties(
+        len(out), _addresses(read), _kinds(read), num_models, (_INT32 * num_models)(*starts),
+        (_FLOAT * num_models)(*smallest_kept), (_FLOAT * num_models)(*weights), scale,
+        min(sizes, default=1.0), out.data_ptr(), _KINDS[out.dtype],
+    )  # fmt: skip
+    return out.to(dtype) if is_finite else None
+
+
+def sizes_of(model: Tensor, parent: Tensor) -> Tensor:
+    """Absolute values of a task vector, ``|model - parent|``, in float32.
+
+    Args:
+        model: floating-point numbers of any shape.
+        parent: likewise, of the same shape and on the same device.
+
+    >>> sizes_of(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 1.0]))
+    tensor([2., 1.])
+    """
+    library = _library()
+    if library is None or model.device.type != "cpu":
+        return (model.float() - parent.float()).abs_()
+    read, out = _prepared([model.reshape(-1), parent.reshape(-1)], torch.float32)
+    library.kifmerge_sizes(len(out), _addresses(read), _kinds(read), out.data_ptr())
+    return out.view(model.shape)
+
+
+def find_within(bits: Bits, first: int, width: int, room: Bits) -> tuple[Bits, int, int]:
+    """Which numbers lie in a window, by the bits that order them as unsigned integers.
+
+    Args:
+        bits: one dimension, contiguous.
+        first: smallest number of the window.
+        width: how many numbers it holds; ``first + width`` is below 2 ** 32.
+        room: for as many numbers, which is written to.
+
+    Returns:
+        How far from ``first`` each of those within lies, in their order: the beginning of the
+        room; how many lie beyond the window; and the largest of all (0 of none).
+
+    >>> room = np.empty(4, np.uint32)
+    >>> places, num_above, largest = find_within(np.array([7, 1, 9, 5], np.uint32), 5, 3, room)
+    >>> places.tolist(), num_above, int(largest)
+    ([2, 0], 1, 9)
+    """
+    library = _library()
+    if library is None:
+        is_within = bits >= np.uint32(first + width)
+        num_above = int(np.count_nonzero(is_within))
+        # Of numbers below the window they wrap around.
+        distances = np.subtract(bits, np.uint32(first), out=room[: bits.size])
+        places = distances[np.flatnonzero(np.less(distances, np.uint32(width), out=is_within))]
+        return places, num_above, int(bits.max(initial=0))
+    above, largest = ctypes.c_int64(), ctypes.c_uint32()
+    num_within = library.kifmerge_within(
+        bits.size, bits.ctypes.data, first, width, room.ctypes.data,
+        ctypes.byref(above), ctypes.byref(largest),
+    )  # fmt: skip
+    return room[:num_within], above.value, largest.value
+
+
+def _add_up(
+    library: ctypes.CDLL,
+    wanted: WeightedSum,
+    tensors: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None] | None:
+    read, out = _prepared(tensors, dtype)
+    bytes_of_masks = [mask.contiguous() for mask in masks]
+    weights = torch.as_tensor(wanted.weights, dtype=torch.float32, device="cpu").contiguous()
+    num_terms = len(wanted.pairs)
+    if weights.numel() != num_terms << len(masks) or len(masks) > MOST_MODELS:
+        raise ValueError(f"{weights.numel()} weights of {num_terms} terms by {len(masks)} masks")
+    if any(mask.shape != out.shape for mask in bytes_of_masks):
+        raise ValueError(f"expected masks of one size, {len(out)}")
+    counts = torch.zeros(len(masks) + 2, dtype=torch.int64, device="cpu")
+    index_array = _INT32 * num_terms
+    is_finite = library.kifmerge_weighted_sum(
+        len(out), _addresses(read), _kinds(read),
+        num_terms, index_array(*(x for x, _ in wanted.pairs)),
+        index_array(*(y for _, y in wanted.pairs)), weights.data_ptr(),
+        wanted.origin, wanted.origin_last, len(masks), _addresses(bytes_of_masks),
+        counts.data_ptr(), out.data_ptr(), _KINDS[out.dtype],
+    )  # fmt: skip
+    return (out.to(dtype), counts if masks else None) if is_finite else None
+
+
+def _prepared(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+    """The same numbers as they can be read, and room for as many that become of a dtype."""
+    read = [(t if t.dtype in _KINDS else t.float()).contiguous() for t in tensors]
+    out = torch.empty(len(read[0]), dtype=dtype if dtype in _KINDS else torch.float32, device="cpu")
+    if any(values.shape != out.shape for values in read):
+        raise ValueError(f"expected tensors of one size, {len(out)}")
+    return read, out
+
+
+def _kinds(tensors: Sequence[Tensor]) -> bytes:
+    return bytes(_KINDS[values.dtype] for values in tensors)
+
+
+def _addresses(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+    return (_POINTER * len(tensors))(*(values.data_ptr() for values in tensors))
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+        path = Path(__file__).with_name(f"_native{suffix}")
+        if path.is_file():
+            return _opened(path)
+    return None
+
+
+def _opened(path: Path) -> ctypes.CDLL | None:
+    """The library, if it can be used; warns if not: torch does its work."""
+    try:
+        library = ctypes.CDLL(str(path))
+        if library.kifmerge_native_version() != _VERSION:
+            raise OSError("it was built from another version")
+        for name, arguments in _ARGUMENTS.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = arguments, _INT64
+        if not _rounds_like_torch(library):
+            raise OSError("it rounds otherwise than torch")
+    except (OSError, AttributeError) as error:
+        warnings.warn(f"{path} is not used, and fusing takes longer: {error}", stacklevel=4)
+        return None
+    return library
+
+
+def _rounds_like_torch(library: ctypes.CDLL) -> bool:
+    """Whether both give the same bits for numbers that tell fused or flushed operations apart."""
+    numel = 4099  # whole blocks, and a rest
+    rng = np.random.default_rng(0)
+    scales = np.resize(np.array([1.0, 1e-3, 1e-38, 1e30], np.float32), numel)
+    numbers = (rng.standard_normal(numel, np.float32) * scales for _ in range(3))
+    x, y, z = map(torch.from_numpy, numbers)
+    z = z.bfloat16()
+    expected = (x - z.float()).mul_(0.3).add_(y).add_((y - x).mul_(0.7))
+    wanted = WeightedSum(pairs=((0, 2), (1, 0)), weights=(0.3, 0.7), origin=1)
+    return all(
+        found is not None and torch.equal(found[0].view(bits), expected.to(dtype).view(bits))
+        for dtype, bits in ((torch.float32, torch.int32), (torch.bfloat16, torch.int16))
+        for found in [_add_up(library, wanted, (x, y, z), (), dtype)]
+    )
