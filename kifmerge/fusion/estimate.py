@@ -22,22 +22,35 @@ MEASURED_ON = "AMD EPYC, November 2026"
 WRITE_NS = 1.0
 # Per byte of scores, each time that they are read: reading, and counting or comparing.
 SCORE_NS = 0.2
-# Per parameter of each model that is merged: reading it, its part of a base, and the rule.
+# Per parameter of each model that is merged: reading it, its part of a base, and the rule; as torch
+# computes it, and the compiled part.
 MODEL_NS: Mapping[str, float] = {
-    "linear": 0.9,
+    "linear": 1.3,
     "average": 1.7,
-    "task-arithmetic": 1.6,
-    "magmax": 2.6,
-    "ties": 8.4,
-    "recurrent-kif": 3.1,
-    "recurrent-kif-adaptive": 3.9,
-    "kif": 3.5,
-    "kif-adaptive": 4.2,
+    "task-arithmetic": 1.7,
+    "magmax": 2.2,
+    "ties": 6.8,
+    "recurrent-kif": 2.9,
+    "recurrent-kif-adaptive": 3.8,
+    "kif": 3.2,
+    "kif-adaptive": 4.1,
+}
+COMPILED_MODEL_NS: Mapping[str, float] = {
+    "linear": 0.6,
+    "average": 0.9,
+    "task-arithmetic": 0.8,
+    "ties": 3.5,
+    "recurrent-kif": 1.4,
 }
 # Per parameter of a model that is pruned.
 PRUNE_NS = 3.0
 
 _UNITS = ("bytes", "KB", "MB", "GB", "TB")
+
+
+def model_ns(rule: str, *, is_compiled: bool) -> float:
+    """Nanoseconds of one core per parameter of each model that is merged."""
+    return (COMPILED_MODEL_NS if is_compiled else MODEL_NS)[rule]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

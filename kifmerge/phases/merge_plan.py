@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from kifmerge.checkpoint.device import DEVICE_PIECE_BYTES
 from kifmerge.checkpoint.sink import Layout
 from kifmerge.checkpoint.workers import num_processors, peak_bytes
-from kifmerge.fusion.estimate import MODEL_NS, SCORE_NS, WRITE_NS, Load, network_load
+from kifmerge.fusion.compiled import is_compiled
+from kifmerge.fusion.estimate import SCORE_NS, WRITE_NS, Load, model_ns, network_load
 from kifmerge.fusion.fetching import Reading, Settled
 from kifmerge.fusion.inputs import HistoricalParent, OpenInputs
 from kifmerge.fusion.rules import FusionOptions
 from kifmerge.fusion.selection import counting_bytes
 
 # Libraries that a merge loads, its threads, and what the allocator keeps between pieces.
-_SPARE_BYTES = 24 << 20
+_SPARE_BYTES = 28 << 20
 # Buffers of all workers together, and of one: where there are many, or more than two models and
 # a base, pieces are smaller.
 MOST_BUFFER_BYTES = 96 << 20
@@ -32,6 +35,7 @@ class MergePlan:
     Attributes:
         rule: its name.
         historical_parent: where the historical task vector starts, of the two-sided form.
+        computed_by: loops that were compiled when kifmerge was installed, or torch.
         num_models: that are merged.
         num_tensors: of the output.
         num_parameters: elements of the output.
@@ -52,6 +56,7 @@ class MergePlan:
 
     rule: str
     historical_parent: HistoricalParent | None
+    computed_by: Literal["compiled loops", "torch"]
     num_models: int
     num_tensors: int
     num_parameters: int
@@ -95,15 +100,25 @@ class MergeNeeds:
 
     @property
     def _num_buffers(self) -> int:
-        """Pieces alive at once: per source as stored and as float32, per rule a few, per worker."""
-        return max(self.num_workers, 1) * (3 * len(self.opened.weights.sources) + 4)
+        """Pieces alive at once: per source as stored, per rule a few, per worker.
+
+        Where torch computes the rule, each source is there as float32 as well.
+        """
+        of_source = 1.5 if self._is_compiled else 3
+        num_sources = len(self.opened.weights.sources)
+        return math.ceil(max(self.num_workers, 1) * (of_source * num_sources + 4))
+
+    @property
+    def _is_compiled(self) -> bool:
+        return is_compiled(self.opened.weights, self.rule)
 
     @property
     def _scratch_bytes(self) -> int:
         """What all workers take together, and the allocator keeps; measured."""
         buffer_bytes = self._num_buffers * self.piece_bytes
-        # What is shown of each model takes about as much as the models.
-        scratch_bytes = _SPARE_BYTES + buffer_bytes * (1 if self.rule.needs == "nothing" else 2)
+        # What torch is shown of each model takes about as much as the models.
+        is_shown = self.rule.needs != "nothing" and not self._is_compiled
+        scratch_bytes = _SPARE_BYTES + buffer_bytes * (2 if is_shown else 1)
         is_ranked = self.rule.needs == "masks" and self._has_scores
         if self.rule.needs == "largest" or is_ranked:
             scratch_bytes += counting_bytes(self.num_workers)
@@ -147,6 +162,7 @@ class MergeNeeds:
         return MergePlan(
             rule=self.rule.rule,
             historical_parent=self.opened.historical_parent,
+            computed_by="compiled loops" if self._is_compiled else "torch",
             num_models=len(self.opened.inputs.models),
             num_tensors=len(infos),
             num_parameters=sum(info.numel for info in infos),
@@ -172,9 +188,9 @@ class MergeNeeds:
         streamed_bytes, downloaded_bytes = network_load(settled)
         # What is downloaded is written, and read like what was there.
         disk_bytes = plan.read_bytes - streamed_bytes + downloaded_bytes + plan.write_bytes
+        fusing_ns = model_ns(plan.rule, is_compiled=self._is_compiled)
         nanoseconds = (
-            plan.write_bytes * WRITE_NS
-            + plan.num_parameters * plan.num_models * MODEL_NS[plan.rule]
+            plan.write_bytes * WRITE_NS + plan.num_parameters * plan.num_models * fusing_ns
         )
         if self._has_scores:  # masks cost no more than the rule that reads them
             nanoseconds += plan.importance_passes * self.opened.evidence_bytes * SCORE_NS

@@ -7,7 +7,7 @@ this process, from a warm page cache; of the repeats the cheapest counts. Printe
 
     measured, estimated   processor seconds, of all threads together
     error                 of the estimate
-    ns                    what MODEL_NS in kifmerge/fusion/estimate.py would have to be here
+    ns                    per parameter and model, what kifmerge/fusion/estimate.py should take
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 
 from checkpoints import Built, Shape, build
 
-from kifmerge.fusion.estimate import MODEL_NS
+from kifmerge.fusion.estimate import model_ns
 from kifmerge.fusion.inputs import MergeInputs
 from kifmerge.fusion.rules import RULES, FusionOptions
 from kifmerge.phases.merge import Merge
@@ -61,17 +61,19 @@ def main() -> None:
         for with_scores in (False, True):
             if with_scores != (law.needs not in ("nothing", "largest")) and law.needs != "masks":
                 continue
-            load = opened(rule, inputs, with_scores=with_scores).load()
+            merging = opened(rule, inputs, with_scores=with_scores)
+            load = merging.load()
             seconds = min(
                 measured(rule, inputs, arguments.work / "out", with_scores=with_scores)
                 for _ in range(arguments.repeats)
             )
-            numel = 2 * opened(rule, inputs, with_scores=with_scores).plan().num_parameters
-            missing = (seconds - load.processor_seconds) * 1e9 / numel
+            plan = merging.plan()
+            taken_ns = model_ns(rule, is_compiled=plan.computed_by != "torch")
+            missing = (seconds - load.processor_seconds) * 1e9 / plan.num_parameters / 2
             name = f"{rule}{', scores' if with_scores else ''}"
             print(
                 f"{name:34}{seconds:10.2f}{load.processor_seconds:11.2f}"
-                f"{load.processor_seconds / seconds - 1:8.0%}{MODEL_NS[rule] + missing:7.1f}",
+                f"{load.processor_seconds / seconds - 1:8.0%}{taken_ns + missing:7.1f}",
                 flush=True,
             )
 

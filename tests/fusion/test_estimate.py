@@ -6,9 +6,20 @@ import folders
 import pytest
 from merges import Files
 
-from kifmerge.fusion.estimate import MODEL_NS, WRITE_NS, Load, Rates, estimate
+from kifmerge.checkpoint.source import MemorySource
+from kifmerge.fusion.compiled import is_compiled
+from kifmerge.fusion.estimate import (
+    COMPILED_MODEL_NS,
+    MODEL_NS,
+    WRITE_NS,
+    Load,
+    Rates,
+    estimate,
+)
 from kifmerge.fusion.rules import RULES, FusionOptions
+from kifmerge.fusion.weights import Weights
 from kifmerge.phases.prune import Prune, PruneInputs, PruneOptions
+from kifmerge.tensor import native
 
 IDLE = {
     "disk_bytes": 0, "streamed_bytes": 0, "downloaded_bytes": 0, "sent_bytes": 0,
@@ -69,6 +80,26 @@ def test_rates_at_which_nothing_ends(rates):
 
 def test_every_rule_has_been_measured():
     assert MODEL_NS.keys() == RULES.keys()
+    source = MemorySource({})
+    weights = Weights(base=source, models=[source] * 2)
+    compiled = {name for name in RULES if is_compiled(weights, FusionOptions(rule=name))}
+    assert compiled == (COMPILED_MODEL_NS.keys() if native.is_built() else set())
+
+
+def test_the_compiled_part_is_told_and_counted(tmp_path, monkeypatch):
+    files = Files(tmp_path).write(shapes={"a.weight": (500, 400)}).make_masks()
+
+    def opened():
+        return files.open(FusionOptions(), evidence="masks", num_workers=1)
+
+    monkeypatch.setattr(native, "is_built", lambda: False)
+    by_torch = opened()
+    assert by_torch.plan().computed_by == "torch"
+    slow = by_torch.load().processor_seconds
+    monkeypatch.setattr(native, "is_built", lambda: True)
+    compiled = opened()
+    assert compiled.plan().computed_by == "compiled loops"
+    assert compiled.load().processor_seconds < slow
 
 
 def test_of_a_merge(tmp_path):
@@ -83,10 +114,9 @@ def test_of_a_merge(tmp_path):
     plan = with_masks.plan()
     moved = plan.read_bytes + plan.write_bytes
     assert with_masks.estimate(rates).disk_seconds == round(moved / 1000)
+    model_ns = (COMPILED_MODEL_NS if native.is_built() else MODEL_NS)["recurrent-kif"]
     slow = with_masks.load().processor_seconds
-    assert slow == pytest.approx(
-        (4 * numel * WRITE_NS + 2 * numel * MODEL_NS["recurrent-kif"]) / 1e9
-    )
+    assert slow == pytest.approx((4 * numel * WRITE_NS + 2 * numel * model_ns) / 1e9)
     assert with_scores.load().processor_seconds > slow
 
 
