@@ -291,12 +291,14 @@ def _is_repository(out: str) -> bool:
 def _destination(
     out: str, *, resume: bool, overwrite: bool, private: bool | None, say: Say, ranks: Ranks
 ) -> Destination:
-    from kifmerge.checkpoint.destination import LocalDestination
-    from kifmerge.checkpoint.repository import RepositoryDestination
-    from kifmerge.hub.target import parse_target
-
     if _is_repository(out):
+        # Loads most of the Hub's client: not for a merge on this disk.
+        from kifmerge.checkpoint.repository import RepositoryDestination
+        from kifmerge.hub.target import parse_target
+
         return RepositoryDestination(target=parse_target(out), private=private, say=say)
+    from kifmerge.checkpoint.destination import LocalDestination
+
     return LocalDestination(path=Path(out), resume=resume, overwrite=overwrite, ranks=ranks)
 
 

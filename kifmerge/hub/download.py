@@ -13,7 +13,6 @@ from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub import constants
-from huggingface_hub.errors import HfHubHTTPError
 
 from kifmerge.errors import CheckpointError, DamagedTransferError, KifmergeError
 from kifmerge.hub.client import (
@@ -25,7 +24,6 @@ from kifmerge.hub.client import (
     hub_errors,
     silent,
     status_of,
-    timeout_errors,
 )
 from kifmerge.hub.content import check_content
 from kifmerge.hub.ranges import REFUSALS, HubFile, file_address, is_of_hub
@@ -170,6 +168,10 @@ def _cache() -> Path:
 
 
 def _call_client(reference: Reference, name: str, *, anew: bool) -> Path:
+    from huggingface_hub.errors import HfHubHTTPError
+
+    from kifmerge.hub.failures import timeout_errors
+
     what = f"fetching {reference}/{name}"
     try:
         with _without_warnings():

@@ -20,7 +20,6 @@ from kifmerge.hub.client import (
     hub_errors,
     patiently,
     silent,
-    transport_errors,
 )
 from kifmerge.hub.download import cached_path, hashes_of_cached
 from kifmerge.hub.ranges import HubFile
@@ -73,6 +72,8 @@ def list_files(
             lead out of the folder.
         TryAgainError: network or server failed.
     """
+    from kifmerge.hub.failures import transport_errors
+
     what = f"reading {reference}"
 
     def ask() -> Any:

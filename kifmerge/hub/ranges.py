@@ -10,7 +10,6 @@ from urllib.parse import urlsplit
 
 import huggingface_hub
 from huggingface_hub import constants
-from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
 from kifmerge.errors import CheckpointError, DamagedTransferError
 from kifmerge.hub.client import (
@@ -161,6 +160,8 @@ class RangeReader:
                 patience.endure(error)
 
     def _chunks(self, address: str, start: int, stop: int) -> Iterator[bytes]:
+        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
         token = None if is_of_hub(address) else False
         headers = build_hf_headers(token=token, library_name=LIBRARY)
         headers |= {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}

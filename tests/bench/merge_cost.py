@@ -35,6 +35,7 @@ from typing import Any
 from checkpoints import Built, Shape, add_shape_options, build, shape_of
 from limits import Floor, Rates, floor_of, measure_rates, median_rates
 from peers import (
+    IMPORT_TORCH,
     PEER_RULES,
     RULES,
     Peers,
@@ -68,14 +69,14 @@ def jobs_of(
 ) -> list[Job]:
     out = arguments.work / "out" / "merged"
     out.parent.mkdir(parents=True, exist_ok=True)
-    size, import_torch = weight_bytes(inputs.base), ["-c", "import torch"]
+    size = weight_bytes(inputs.base)
     copied = ["cp", "-r", inputs.base, out]
     jobs = [
         Job(name=COPY, command=copied, out=out, inputs=[inputs.base], weight_bytes=size),
-        Job(name=START, command=[sys.executable, *import_torch]),
+        Job(name=START, command=IMPORT_TORCH),
     ]
     if peers:
-        jobs.append(Job(name=PEER_START, command=[peers.python, *import_torch]))
+        jobs.append(Job(name=PEER_START, command=[peers.python, "-c", "import torch"]))
     for rule in arguments.rules:
         masks = inputs.masks if rule == "recurrent-kif" else ()
         bases = () if rule == "linear" else (inputs.base,)

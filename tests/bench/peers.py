@@ -28,6 +28,9 @@ RULES = ("linear", "task-arithmetic", "ties", "recurrent-kif")
 PEER_RULES = RULES[:3]
 DENSITY = 0.2
 
+# What our commands begin with. They end without a last look for garbage, and so does this.
+IMPORT_TORCH = (sys.executable, "-c", "import gc, torch; gc.freeze()")
+
 _REQUIREMENTS = ("mergekit==0.1.4", "transformers==4.57.6", "sd-mecha==1.1.8")
 _CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
 _MECHA_PROGRAM = Path(__file__).with_name("mecha_merge.py")

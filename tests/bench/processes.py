@@ -96,6 +96,7 @@ def measure(job: Job, log_path: Path, *, checked: bool = False) -> Cost:
     load = os.getloadavg()[0]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     environment |= job.environment
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # modules are compiled once, as pip does it
     with log_path.open("wb") as log:
         started = time.perf_counter()
         process = subprocess.Popen(

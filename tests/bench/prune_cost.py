@@ -19,6 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from checkpoints import IMPORTANT_FRACTION, SCORE_DTYPES, add_shape_options, build, shape_of
+from peers import IMPORT_TORCH
 from processes import (
     Cost,
     Job,
@@ -46,7 +47,7 @@ with worker_pool() as workers:
 
 
 def jobs_of(snapshots: Mapping[str, Path], out: Path) -> list[Job]:
-    jobs = [Job(name=START, command=[sys.executable, "-c", "import torch"])]
+    jobs = [Job(name=START, command=IMPORT_TORCH)]
     for dtype, snapshot in snapshots.items():
         jobs += [
             Job(

@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from checkpoints import build, tiny_shape
-from peers import RULES, our_command
+from peers import IMPORT_TORCH, RULES, our_command
 from processes import Cost, Job, measure_in_turn, medians, print_table, write_results
 
 PYTHON, HELP, START = "python", "kifmerge --help", "import torch"
@@ -42,7 +42,7 @@ def jobs_of(work: Path, rules: Sequence[str]) -> list[Job]:
     jobs = [
         Job(name=PYTHON, command=[sys.executable, "-c", "pass"]),
         Job(name=HELP, command=[sys.executable, "-m", "kifmerge", "--help"]),
-        Job(name=START, command=[sys.executable, "-c", "import torch"]),
+        Job(name=START, command=IMPORT_TORCH),
     ]
     for rule in rules:
         python, _, _, *words = our_command(rule, inputs, out, [0.5, 0.5])
