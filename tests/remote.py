@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import socket
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 from loopback import LoopbackHub
@@ -27,6 +30,16 @@ def be_quick(monkeypatch: pytest.MonkeyPatch, tries: int = 6) -> None:
     """Wait hardly at all between attempts."""
     monkeypatch.setattr(client, "FIRST_WAIT_SECONDS", 0.002)
     monkeypatch.setattr(client, "MOST_TRIES", tries)
+
+
+@contextlib.contextmanager
+def closed(hub: LoopbackHub) -> Iterator[None]:
+    """Close the Hub, and keep its port: the next free one may become another test's Hub."""
+    hub.close()
+    with socket.socket() as deaf:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        deaf.bind(("127.0.0.1", urlsplit(hub.endpoint).port))
+        yield
 
 
 def folder(

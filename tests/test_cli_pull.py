@@ -164,8 +164,8 @@ class TestErrors:
             assert "503" in line
 
     def test_nobody_there(self, hub):
-        hub.close()
-        assert "the connection failed" in one_line(invoke("pull", "org/a"), 4)
+        with remote.closed(hub):
+            assert "the connection failed" in one_line(invoke("pull", "org/a"), 4)
 
     def test_offline(self, hub, commit, monkeypatch):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

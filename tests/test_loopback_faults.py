@@ -177,9 +177,8 @@ class TestBodies:
         begin = time.monotonic()
         assert get(hub).content == WEIGHTS
         assert 0.35 < time.monotonic() - begin < 2
-        begin = time.monotonic()
         assert get(hub).content == WEIGHTS
-        assert time.monotonic() - begin < 0.35
+        assert [row.fault is None for row in hub.log if row.kind == "cdn"] == [False, True]
 
     def test_a_stall_ends_with_the_server(self, hub: LoopbackHub) -> None:
         hub.fail(Fault(kind="cdn", stall_at=1, stall_seconds=60))

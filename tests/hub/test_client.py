@@ -139,8 +139,10 @@ class TestWhatMayPass:
         assert look_up(timeout=0.3).id == "org/a"
 
     def test_nobody_there(self, hub):
-        hub.close()
-        with pytest.raises(TryAgainError, match=r"the connection failed \(ConnectError\)"):
+        with (
+            remote.closed(hub),
+            pytest.raises(TryAgainError, match=r"the connection failed \(ConnectError\)"),
+        ):
             look_up()
 
     def test_an_answer_of_somebody_else(self):

@@ -365,8 +365,10 @@ class TestNetworkDown:
         assert "HTTP 503" in told[0]
 
     def test_nothing_in_the_cache(self, hub, commit):
-        hub.close()
-        with pytest.raises(TryAgainError, match="reading org/a: the connection failed"):
+        with (
+            remote.closed(hub),
+            pytest.raises(TryAgainError, match="reading org/a: the connection failed"),
+        ):
             opened()
 
     def test_a_part_of_it_in_the_cache_is_not_taken_for_all(self, hub):
