@@ -45,6 +45,7 @@ bench: bench-merge
 bench-merge: setup
 	$(PYTHON) tests/bench/merge_cost.py --peers
 	$(PYTHON) tests/bench/growth_cost.py --remove
+	$(PYTHON) tests/bench/busy_cost.py
 	$(PYTHON) tests/bench/selection_cost.py
 	$(PYTHON) tests/bench/prune_cost.py
 	$(PYTHON) tests/bench/start_cost.py

@@ -81,6 +81,16 @@ def test_growth_cost(work):
     assert one["moved_bytes"] / one["size_bytes"] == pytest.approx(3.1, rel=0.15)
 
 
+def test_busy_cost(work):
+    shape = ("--size", SIZE, "--largest-tensor", "1MB", "--shard-size", "2MB")
+    shown = run("busy_cost.py", "--work", work, *shape, "--rules", "linear", "--repeats", 1)
+    assert "\n| linear " in shown
+    found = results(work / "busy-cost.json")
+    (alone,), (busy,) = (found["runs"]["linear"][name] for name in ("alone", "busy"))
+    for what, ratio in found["ratios"]["linear"].items():
+        assert ratio == busy[what] / alone[what]
+
+
 def test_selection_and_prune_cost(work):
     words = ("--work", work, "--repeats", 1)
     shown = run("selection_cost.py", *words, "--scores", 2_000_000)

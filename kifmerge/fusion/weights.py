@@ -105,8 +105,8 @@ class VectorSizes:
         piece = [Range(name, start, stop)]
         ends = (self._model, self._parent)
         stored = [self._weights.stored(source, piece) for source in ends]
-        sizes = sizes_of(*stored)
-        if not all_finite([sizes]):  # so is neither, or their difference overflows
+        sizes, is_finite = sizes_of(*stored)
+        if not is_finite:  # nor is one of the two, or their difference overflows
             for source, values in zip(ends, stored, strict=True):
                 self._weights.refuse_nonfinite(source, piece, values)
             # NaN, where it is to be carried on, is in no order: it counts as the largest.
@@ -118,7 +118,8 @@ class VectorSizes:
         model, parent = (peek(s, name, start, stop) for s in (self._model, self._parent))
         if model is None or parent is None:
             return None
-        return sizes_of(model, parent)
+        sizes, _ = sizes_of(model, parent)
+        return sizes
 
     def where(self, name: str) -> str:
         """The model's file."""

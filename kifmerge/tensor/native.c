@@ -11,6 +11,7 @@
 #define LANES 64
 #define TIES_BLOCK 512 /* of which there is one for each model */
 #define MOST_MODELS 8
+#define NUM_BUCKETS 65536
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
 #define FOR_EACH_PROCESSOR __attribute__((target_clones("avx512f", "avx2", "default")))
@@ -125,7 +126,7 @@ INLINE uint32_t any_unbounded(const float *restrict values, int64_t n)
 /* Raised whenever what is declared elsewhere changes: a library built before is not used. */
 int64_t kifmerge_native_version(void)
 {
-    return 1;
+    return 2;
 }
 
 /* origin + w_1 * (x_1 - y_1) + w_2 * (x_2 - y_2) + ..., in this order, or with the origin last.
@@ -234,11 +235,12 @@ int64_t kifmerge_ties(int64_t numel, const void *const *sources, const uint8_t *
     return unbounded == 0;
 }
 
-/* |x - y|, into sizes. */
+/* |x - y|, into sizes. Returns whether all of them are finite. */
 FOR_EACH_PROCESSOR
-void kifmerge_sizes(int64_t numel, const void *const *sources, const uint8_t *kinds, float *sizes)
+int64_t kifmerge_sizes(int64_t numel, const void *const *sources, const uint8_t *kinds, float *sizes)
 {
     float y[BLOCK];
+    uint32_t unbounded = 0;
     for (int64_t start = 0; start < numel; start += BLOCK) {
         int64_t n = numel - start < BLOCK ? numel - start : BLOCK;
         float *restrict x = sizes + start;
@@ -246,7 +248,9 @@ void kifmerge_sizes(int64_t numel, const void *const *sources, const uint8_t *ki
         load(sources[1], kinds[1], start, n, y);
         for (int64_t k = 0; k < n; k++)
             x[k] = __builtin_fabsf(x[k] - y[k]);
+        unbounded |= any_unbounded(x, n);
     }
+    return unbounded == 0;
 }
 
 /* Of numbers, as their bits, those from first on, below first + width.
@@ -283,4 +287,42 @@ int64_t kifmerge_within(int64_t numel, const uint32_t *numbers, uint32_t first, 
     *num_above = above;
     *largest = most;
     return num_within;
+}
+
+/* How many numbers have which upper 16 bits, in the order of values; -0.0 counts as 0.0.
+
+   room: of two tables, so that equal numbers next to each other do not wait for one counter
+   counts: NUM_BUCKETS of them
+   Returns how many are NaN. */
+FOR_EACH_PROCESSOR
+int64_t kifmerge_upper_counts(int64_t numel, const void *numbers, int kind, uint32_t *room,
+                           int64_t *counts)
+{
+    float values[BLOCK];
+    uint16_t buckets[BLOCK];
+    uint32_t *even = room, *odd = room + NUM_BUCKETS;
+    int64_t num_nan = 0;
+    memset(room, 0, 2 * NUM_BUCKETS * sizeof *room);
+    for (int64_t start = 0; start < numel; start += BLOCK) {
+        int64_t n = numel - start < BLOCK ? numel - start : BLOCK;
+        uint32_t found = 0;
+        load(numbers, kind, start, n, values);
+        for (int64_t k = 0; k < n; k++)
+            found += values[k] != values[k];
+        num_nan += found;
+        for (int64_t k = 0; k < n; k++) {
+            uint32_t bits = bits_of(values[k] + 0.0f);
+            uint32_t ordered = bits >> 31 ? ~bits : bits ^ 0x80000000u;
+            buckets[k] = (uint16_t)(ordered >> 16);
+        }
+        for (int64_t k = 0; k + 1 < n; k += 2) {
+            even[buckets[k]]++;
+            odd[buckets[k + 1]]++;
+        }
+        if (n % 2)
+            even[buckets[n - 1]]++;
+    }
+    for (int64_t bucket = 0; bucket < NUM_BUCKETS; bucket++)
+        counts[bucket] = (int64_t)even[bucket] + odd[bucket];
+    return num_nan;
 }

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from kifmerge.tensor.importance import all_finite
 from kifmerge.tensor.sums import WeightedSum
 
 Bits = npt.NDArray[np.uint32]
@@ -26,10 +27,11 @@ Bits = npt.NDArray[np.uint32]
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}
 # An element's masks are the bits of one byte.
 MOST_MODELS = 8
+NUM_BUCKETS = 1 << 16
 
 _INT64, _INT32, _FLOAT, _POINTER = ctypes.c_int64, ctypes.c_int32, ctypes.c_float, ctypes.c_void_p
 # Of native.c, where it stands as well.
-_VERSION = 1
+_VERSION = 2
 _ARGUMENTS = {
     "kifmerge_weighted_sum": (
         _INT64, _POINTER, ctypes.c_char_p, _INT32, _POINTER, _POINTER, _POINTER, _INT32, _INT32,
@@ -39,6 +41,7 @@ _ARGUMENTS = {
     "kifmerge_within": (
         _INT64, _POINTER, ctypes.c_uint32, ctypes.c_uint32, _POINTER, _POINTER, _POINTER,
     ),
+    "kifmerge_upper_counts": (_INT64, _POINTER, _INT32, _POINTER, _POINTER),
     "kifmerge_ties": (
         _INT64, _POINTER, ctypes.c_char_p, _INT32, _POINTER, _POINTER, _POINTER, _FLOAT,
         _FLOAT, _POINTER, _INT32,
@@ -108,22 +111,51 @@ def ties(
     return out.to(dtype) if is_finite else None
 
 
-def sizes_of(model: Tensor, parent: Tensor) -> Tensor:
-    """Absolute values of a task vector, ``|model - parent|``, in float32.
+def sizes_of(model: Tensor, parent: Tensor) -> tuple[Tensor, bool]:
+    """Absolute values of a task vector, ``|model - parent|``, in float32, and if all are finite.
 
     Args:
         model: floating-point numbers of any shape.
         parent: likewise, of the same shape and on the same device.
 
     >>> sizes_of(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 1.0]))
-    tensor([2., 1.])
+    (tensor([2., 1.]), True)
     """
     library = _library()
     if library is None or model.device.type != "cpu":
-        return (model.float() - parent.float()).abs_()
+        sizes = (model.float() - parent.float()).abs_()
+        return sizes, all_finite([sizes])
     read, out = _prepared([model.reshape(-1), parent.reshape(-1)], torch.float32)
-    library.kifmerge_sizes(len(out), _addresses(read), _kinds(read), out.data_ptr())
-    return out.view(model.shape)
+    is_finite = library.kifmerge_sizes(len(out), _addresses(read), _kinds(read), out.data_ptr())
+    return out.view(model.shape), bool(is_finite)
+
+
+def count_upper_bits(values: Tensor, counts: Tensor) -> int | None:
+    """Count how many numbers have which upper 16 bits, as float32, in the order of values.
+
+    Args:
+        values: floating-point numbers of any shape, fewer than 2 ** 32; -0.0 is taken for 0.0.
+        counts: int64, NUM_BUCKETS, contiguous: written to.
+
+    Returns:
+        How many are NaN; None where nothing is counted, without the compiled part or on another
+        device than the CPU.
+
+    >>> counts = torch.empty(NUM_BUCKETS, dtype=torch.int64)
+    >>> num_nan = count_upper_bits(torch.tensor([-0.0, 0.0, 1.0]), counts)
+    >>> num_nan is None or counts.nonzero()[:, 0].tolist() == [0x8000, 0x8000 + 0x3F80]
+    True
+    """
+    library = _library()
+    if library is None or values.device.type != "cpu":
+        return None
+    read = _readable(values.detach().reshape(-1))
+    room = torch.empty(2 * NUM_BUCKETS, dtype=torch.int32, device="cpu")
+    return int(
+        library.kifmerge_upper_counts(
+            len(read), read.data_ptr(), _KINDS[read.dtype], room.data_ptr(), counts.data_ptr()
+        )
+    )
 
 
 def find_within(bits: Bits, first: int, width: int, room: Bits) -> tuple[Bits, int, int]:
@@ -189,11 +221,15 @@ def _add_up(
 
 def _prepared(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
     """The same numbers as they can be read, and room for as many that become of a dtype."""
-    read = [(t if t.dtype in _KINDS else t.float()).contiguous() for t in tensors]
+    read = [_readable(values) for values in tensors]
     out = torch.empty(len(read[0]), dtype=dtype if dtype in _KINDS else torch.float32, device="cpu")
     if any(values.shape != out.shape for values in read):
         raise ValueError(f"expected tensors of one size, {len(out)}")
     return read, out
+
+
+def _readable(values: Tensor) -> Tensor:
+    return (values if values.dtype in _KINDS else values.float()).contiguous()
 
 
 def _kinds(tensors: Sequence[Tensor]) -> bytes:

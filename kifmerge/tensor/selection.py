@@ -22,6 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kifmerge.tensor.native import NUM_BUCKETS as _NUM_BUCKETS
+from kifmerge.tensor.native import Bits, count_upper_bits, find_within
+
 Scope = Literal["global", "tensor"]
 CountReduction = Callable[[Tensor], Tensor]
 # Scores, or a function that reads them: readings are spread over workers together with the counts.
@@ -30,7 +33,6 @@ Spread = Callable[[Callable[[Part], Tensor], Iterable[Part]], Iterable[Tensor]]
 
 CHUNK_NUMEL = 1 << 20
 ACCELERATOR_CHUNK_NUMEL = 1 << 25
-_NUM_BUCKETS = 1 << 16
 _ZERO_BUCKET = _NUM_BUCKETS // 2
 # Infinity and NaN are in the buckets from the one on, and before the other.
 _MOST_FINITE = _ZERO_BUCKET + 0x7F80
@@ -134,15 +136,34 @@ class Bracket:
         >>> bracket.low_bits(torch.tensor([2.0, 1.001]))
         (tensor([1]), tensor([8389], dtype=torch.int32))
         """
-        if scores.device.type == "cpu" and self.bucket > _ZERO_BUCKET:
-            # Numbers above 0, whose bits are in order: measured, a fifth of the time.
-            bits = scores.detach().float().contiguous().numpy().view(np.uint32)
-            low = bits - np.uint32((self.bucket - _ZERO_BUCKET) << 16)
-            found = np.flatnonzero(low < 1 << 16)
+        if self._is_in_order(scores):
+            low = _bits(scores) - np.uint32(self._first_bits)
+            found = np.flatnonzero(low < _NUM_BUCKETS)
             return torch.from_numpy(found), torch.from_numpy(low[found].view(np.int32))
         keys = _ordered_bits(scores)
         places = ((keys >> 16) == self.bucket - _ZERO_BUCKET).nonzero()[:, 0]
         return places, keys[places] & 0xFFFF
+
+    def low_counts(self, scores: Tensor) -> Tensor:
+        """How many scores in the bracket have which lower 16 bits."""
+        if self._is_in_order(scores):
+            bits = _bits(scores)
+            low, _, _ = find_within(
+                bits, self._first_bits, _NUM_BUCKETS, np.empty(bits.size, np.uint32)
+            )
+            return count_low_bits(torch.from_numpy(low.view(np.int32)))
+        return count_low_bits(self.low_bits(scores)[1])
+
+    def _is_in_order(self, scores: Tensor) -> bool:
+        """Whether bits tell at once what is in the bracket: of numbers above 0 they are in order.
+
+        Measured on a CPU: a fifth of the time.
+        """
+        return scores.device.type == "cpu" and self.bucket > _ZERO_BUCKET
+
+    @property
+    def _first_bits(self) -> int:
+        return (self.bucket - _ZERO_BUCKET) << 16
 
     def above(self, scores: Tensor) -> Tensor:
         """Bool mask of the scores beyond the bracket."""
@@ -288,6 +309,10 @@ def _bundles(scores: Iterable[Part]) -> Iterator[Part]:
         yield torch.cat(packed) if len(packed) > 1 else packed[0]
 
 
+def _bits(scores: Tensor) -> Bits:
+    return scores.detach().float().contiguous().numpy().view(np.uint32)
+
+
 def _ordered_bits(chunk: Tensor) -> Tensor:
     """int32 keys that order as the float32 values do, with -0.0 equal to 0.0."""
     bits = (chunk.float() + 0.0).view(torch.int32)
@@ -296,28 +321,41 @@ def _ordered_bits(chunk: Tensor) -> Tensor:
 
 def _upper_counts(chunk: Tensor) -> Tensor:
     """Counts per bucket, and behind them the number of NaN and of values of more than 16 bits."""
-    counts = _upper_counts_of_positive(chunk) if chunk.device.type == "cpu" else None
-    if counts is None:
-        upper = (_ordered_bits(chunk) >> 16).add_(_ZERO_BUCKET)
-        counts = torch.bincount(upper, minlength=_NUM_BUCKETS + 2)
-    # An accelerator would wait for the answer; on a CPU it spares another look at the scores.
-    if chunk.device.type != "cpu" or counts[:_LEAST_FINITE].any() or counts[_MOST_FINITE:].any():
-        counts[_NUM_BUCKETS] = chunk.isnan().sum()
+    counts = torch.empty(_NUM_BUCKETS + 2, dtype=torch.int64, device=chunk.device)
+    upper = counts[:_NUM_BUCKETS]
+    counts[_NUM_BUCKETS] = _count_upper_bits(chunk, upper)
     counts[_NUM_BUCKETS + 1] = 0 if chunk.dtype == torch.bfloat16 else chunk.numel()
     return counts
 
 
+def _count_upper_bits(chunk: Tensor, counts: Tensor) -> Tensor | int:
+    """Count per bucket; the number of NaN."""
+    num_nan = count_upper_bits(chunk, counts)
+    if num_nan is not None:
+        return num_nan
+    positive = _upper_counts_of_positive(chunk) if chunk.device.type == "cpu" else None
+    if positive is None:
+        buckets = (_ordered_bits(chunk) >> 16).add_(_ZERO_BUCKET)
+        counts.copy_(torch.bincount(buckets, minlength=_NUM_BUCKETS))
+    else:
+        counts[:_ZERO_BUCKET], counts[_ZERO_BUCKET:] = 0, positive
+    # An accelerator would wait for the answer; on a CPU it spares another look at the scores.
+    if chunk.device.type == "cpu" and not (
+        counts[:_LEAST_FINITE].any() or counts[_MOST_FINITE:].any()
+    ):
+        return 0
+    return chunk.isnan().sum()
+
+
 def _upper_counts_of_positive(chunk: Tensor) -> Tensor | None:
-    """The same in half the time, where no value has a sign, -0.0 included: bits are in order."""
+    """Half of the buckets, in half the time, where no value has a sign, -0.0 included."""
     if chunk.dtype == torch.bfloat16:
         upper = chunk.contiguous().view(torch.int16)
     else:
         upper = chunk.float().contiguous().view(torch.int32) >> 16
     if not upper.numel() or int(upper.amin()) < 0:
         return None
-    counts = torch.zeros(_NUM_BUCKETS + 2, dtype=torch.int64)
-    counts[_ZERO_BUCKET:_NUM_BUCKETS] = torch.bincount(upper, minlength=_ZERO_BUCKET)
-    return counts
+    return torch.bincount(upper, minlength=_ZERO_BUCKET)
 
 
 def _bracket(
@@ -350,7 +388,7 @@ def _lower_counts(
         return only
     return _count(
         scores,
-        lambda chunk: count_low_bits(bracket.low_bits(chunk)[1]),
+        bracket.low_counts,
         _NUM_BUCKETS,
         reduce_counts,
         spread,

@@ -24,7 +24,7 @@ from pathlib import Path
 from statistics import linear_regression, median
 
 from checkpoints import Shape, build, built, tiny_shape
-from peers import our_command
+from peers import our_job
 from processes import (
     Cost,
     Job,
@@ -33,7 +33,6 @@ from processes import (
     measure_in_turn,
     medians,
     print_table,
-    weight_bytes,
     write_results,
 )
 
@@ -66,17 +65,8 @@ class Point:
 
     def job(self, work: Path) -> Job:
         """That merges."""
-        out, inputs = work / "out" / "merged", built(work, self.shape, self.num_models)
-        masks = inputs.masks if self.rule == "recurrent-kif" else ()
-        bases = () if self.rule == "linear" else (inputs.base,)
-        weights = [1 / self.num_models] * self.num_models
-        return Job(
-            name=self.name,
-            command=our_command(self.rule, inputs, out, weights),
-            out=out,
-            inputs=[*bases, *inputs.models, *masks],
-            weight_bytes=weight_bytes(inputs.base),
-        )
+        inputs = built(work, self.shape, self.num_models)
+        return our_job(self.rule, inputs, work / "out" / "merged", name=self.name)
 
 
 def growth(

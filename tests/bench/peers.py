@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoints import Built, single_file
+from processes import Job, weight_bytes
 
 RULES = ("linear", "task-arithmetic", "ties", "recurrent-kif")
 PEER_RULES = RULES[:3]
@@ -104,6 +105,20 @@ def our_command(rule: str, inputs: Built, out: Path, weights: Sequence[float]) -
         "recurrent-kif": [*base, *_sides(inputs)],
     }
     return [*command, *chosen[rule], "--out", out, "--quiet"]
+
+
+def our_job(rule: str, inputs: Built, out: Path, *, name: str = "") -> Job:
+    """A merge of models of equal weight, called by its rule if nothing else is said."""
+    num_models = len(inputs.models)
+    masks = inputs.masks if rule == "recurrent-kif" else ()
+    bases = () if rule == "linear" else (inputs.base,)
+    return Job(
+        name=name or rule,
+        command=our_command(rule, inputs, out, [1 / num_models] * num_models),
+        out=out,
+        inputs=[*bases, *inputs.models, *masks],
+        weight_bytes=weight_bytes(inputs.base),
+    )
 
 
 def _sides(inputs: Built) -> list[str | Path]:

@@ -203,13 +203,6 @@ def test_ties_of_what_does_not_belong_together_is_refused(
         native.ties(starts, weights, 1.0, torch.float32, smallest_kept, tensors)
 
 
-@pytest.fixture(params=[pytest.param(True, marks=needs_library), False], ids=["built", "torch"])
-def built_or_not(request, monkeypatch):
-    """The same test with the compiled part, and without it."""
-    if not request.param:
-        monkeypatch.setattr(native, "_library", lambda: None)
-
-
 @pytest.mark.usefixtures("built_or_not")
 @pytest.mark.parametrize("numel", SIZES)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -217,17 +210,20 @@ def test_sizes_are_those_of_torch_and_leave_their_ends_alone(numel, dtype):
     generator = torch.Generator().manual_seed(numel)
     model, parent = draw(generator, numel, dtype), draw(generator, numel, torch.float32)
     before = model.clone(), parent.clone()
-    found = native.sizes_of(model, parent)
+    found, is_finite = native.sizes_of(model, parent)
+    assert is_finite
     assert same_bits(found, (before[0].float() - before[1]).abs())
     assert same_bits(model, before[0])
     assert same_bits(parent, before[1])
 
 
 @pytest.mark.usefixtures("built_or_not")
-def test_sizes_keep_the_shape_and_what_is_not_finite():
-    model = torch.tensor([[1.0, float("nan")], [float("inf"), -4.0]])
-    found = native.sizes_of(model.T, torch.zeros(2, 2))
-    torch.testing.assert_close(found, model.T.abs(), equal_nan=True, rtol=0, atol=0)
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), -3e38])
+def test_sizes_keep_the_shape_and_what_is_not_finite(odd):
+    model, parent = torch.tensor([[1.0, odd], [2.0, -4.0]]), torch.full((2, 2), 3e38)
+    found, is_finite = native.sizes_of(model.T, parent)
+    assert not is_finite
+    torch.testing.assert_close(found, (model.T - parent).abs(), equal_nan=True, rtol=0, atol=0)
 
 
 @pytest.mark.usefixtures("built_or_not")
@@ -242,6 +238,25 @@ def test_what_lies_in_a_window_is_found(numel, first, width):
     assert places.tolist() == [n - first for n in numbers if first <= n < first + width]
     assert num_above == sum(n >= first + width for n in numbers)
     assert largest == max(numbers, default=0)
+
+
+@needs_library
+@pytest.mark.parametrize("numel", SIZES)
+@pytest.mark.parametrize("dtype", DTYPES[:3])
+def test_upper_bits_are_counted_in_the_order_of_values(numel, dtype):
+    values = draw(torch.Generator().manual_seed(numel), numel, dtype)
+    values[5::97], values[7::97], values[9::97] = float("inf"), float("-inf"), float("nan")
+    counts = torch.full((native.NUM_BUCKETS,), -1)
+    num_nan = native.count_upper_bits(values, counts)
+    assert num_nan == len(values[9::97])
+    bits = (values.float().numpy() + np.float32(0)).view(np.uint32)
+    ordered = np.where(bits >> 31 == 1, ~bits, bits | np.uint32(1 << 31)) >> 16
+    assert counts.tolist() == np.bincount(ordered, minlength=native.NUM_BUCKETS).tolist()
+    # The same in every layout, and of numbers that are all alike.
+    assert native.count_upper_bits(values.repeat(2, 1).T, counts) == 2 * num_nan
+    assert counts.tolist() == (2 * np.bincount(ordered, minlength=native.NUM_BUCKETS)).tolist()
+    native.count_upper_bits(torch.zeros(numel, dtype=dtype), counts)
+    assert counts[native.NUM_BUCKETS // 2] == counts.sum() == numel
 
 
 @needs_library

@@ -16,6 +16,8 @@ from kifmerge.tensor.selection import (
     threshold_rank,
 )
 
+pytestmark = pytest.mark.usefixtures("all_built_or_not")
+
 FRACTIONS = ["0", "0.01", "0.05", "0.1", "0.2", "0.25", "0.5", "0.9", "1"]
 FLOATS = st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=60)
 # Where brackets begin and end.

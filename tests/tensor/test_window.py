@@ -11,6 +11,8 @@ from kifmerge.tensor import window
 from kifmerge.tensor.selection import importance_threshold, kth_smallest, threshold_rank
 from kifmerge.tensor.window import value_near
 
+pytestmark = pytest.mark.usefixtures("all_built_or_not")
+
 NUMEL = 1000
 KINDS = {
     "even": lambda g: torch.rand(NUMEL, generator=g),
