@@ -39,7 +39,7 @@ COMPILED_MODEL_NS: Mapping[str, float] = {
     "linear": 0.6,
     "average": 0.9,
     "task-arithmetic": 0.8,
-    "ties": 3.5,
+    "ties": 2.6,
     "recurrent-kif": 1.4,
 }
 # Per parameter of a model that is pruned.

@@ -19,12 +19,8 @@ from kifmerge.checkpoint.mask import MaskSink, MaskSource
 from kifmerge.checkpoint.pieces import Piece, Range, pieces, read_piece, split_piece
 from kifmerge.checkpoint.source import Source
 from kifmerge.checkpoint.workers import Workers
-from kifmerge.tensor.selection import (
-    Bracket,
-    Threshold,
-    count_low_bits,
-    mask_above,
-)
+from kifmerge.tensor.buckets import count_low_bits, low_bits
+from kifmerge.tensor.selection import Bracket, Threshold, mask_above
 
 _ASIDE_FILE = "aside"
 _ENTRY = np.dtype([("place", "<i8"), ("score", "<f4")])
@@ -70,8 +66,8 @@ class ProvisionalMarks:
             scores = read_piece(self._scores.read, piece)
             for part, above in split_piece(self._bracket.above(scores), piece):
                 sink.add(part.name, part.start, above)
-            places, low_bits = self._bracket.low_bits(scores)
-            return count_low_bits(low_bits), list(_entries(piece, scores, places))
+            places, low = low_bits(scores, self._bracket.bucket)
+            return count_low_bits(low), list(_entries(piece, scores, places))
 
         low_counts = count_low_bits(torch.zeros(0, dtype=torch.int32))
         with (self._directory / _ASIDE_FILE).open("wb") as file:

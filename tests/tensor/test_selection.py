@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kifmerge.tensor import selection
+from kifmerge.tensor.buckets import count_low_bits, low_bits
 from kifmerge.tensor.selection import (
     Threshold,
-    count_low_bits,
     importance_bracket,
     importance_threshold,
     kth_smallest,
@@ -56,9 +56,9 @@ def test_threshold_is_the_order_statistic_of_all_values(values, fraction):
 def test_a_bracket_holds_the_threshold_and_leaves_the_rest_decided(values, fraction):
     scores = torch.tensor(values)
     bracket = importance_bracket([scores], fraction)
-    places, low_bits = bracket.low_bits(scores)
+    places, low = low_bits(scores, bracket.bucket)
     above = bracket.above(scores)
-    chosen = bracket.threshold(count_low_bits(low_bits))
+    chosen = bracket.threshold(count_low_bits(low))
     assert chosen == importance_threshold([scores], fraction)
     assert (len(places), int(above.sum())) == (bracket.num_within, bracket.num_above)
     assert not above[places].any()
