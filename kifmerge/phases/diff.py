@@ -247,8 +247,9 @@ class _Sums:
         norm_change = math.sqrt(self.squares_change)
         cosine: float | None = None
         if norm_first and norm_second and math.isfinite(self.product):
-            # Sums round: what is equal should not come out as 1.0000000000000002.
-            cosine = max(-1.0, min(1.0, self.product / norm_first / norm_second))
+            # Sums round: neither what is equal nor what is nearly so should come out beside 1.
+            cosine = self.product / norm_first / norm_second if self.num_changed else 1.0
+            cosine = max(-1.0, min(1.0, cosine))
         relative = norm_change / norm_first if norm_first else None
         return Change(
             name=name,

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from checkpoints import add_shape_options, build, shape_of
@@ -54,8 +54,9 @@ def measure_both(jobs: Sequence[Job], repeats: int, work: Path) -> dict[str, dic
     for _ in range(repeats):
         for job in jobs:
             for name, number in ((ALONE, 0), (BUSY, machine()["cores"])):
+                told = replace(job, name=f"{job.name}, {name}")
                 with busy_cores(number):
-                    found[job.name][name] += measure_in_turn([job], 1, work)[job.name]
+                    found[job.name][name] += measure_in_turn([told], 1, work)[told.name]
     return found
 
 
