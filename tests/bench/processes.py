@@ -6,7 +6,9 @@ and import no torch: Linux counts the memory of the one that starts a process in
 
 from __future__ import annotations
 
+import compileall
 import contextlib
+import importlib.util
 import json
 import os
 import platform
@@ -96,7 +98,6 @@ def measure(job: Job, log_path: Path, *, checked: bool = False) -> Cost:
     load = os.getloadavg()[0]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     environment |= job.environment
-    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # modules are compiled once, as pip does it
     with log_path.open("wb") as log:
         started = time.perf_counter()
         process = subprocess.Popen(
@@ -154,6 +155,10 @@ def measure_in_turn(
     Jobs of one name are one: what is short is listed, and run, several times a round.
     """
     costs: dict[str, list[Cost]] = {job.name: [] for job in jobs}
+    package = importlib.util.find_spec("kifmerge")
+    assert package is not None
+    assert package.origin is not None
+    compileall.compile_dir(Path(package.origin).parent, quiet=2)  # as pip does it
     logs = work / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     for number in range(1, repeats + 1):
