@@ -159,29 +159,27 @@ def resumable_folder(
         TryAgainError: the disk is full.
     """
     work_dir = unfinished_folder(path)
-    with disk_errors(path, _NOTHING_KEPT):
-        work_dir.mkdir(parents=True, exist_ok=True)
-        with _locked(work_dir, path):
-            journal = None
-            try:
-                _put_back(work_dir, path)
-                refuse_occupied(path, overwrite=overwrite)
-                if not (resume and _has_leftovers(work_dir)):
-                    _empty(work_dir)
-                _check_work(work_dir, path, work)
-                journal = Journal(work_dir)
-                yield journal
-                _publish(journal, path, overwrite=overwrite)
-                _remove(work_dir)
-            except BaseException as error:
-                _put_back(work_dir, path)
-                kept = _tidied(work_dir, journal, error)
-                with disk_errors(path, kept):
-                    if isinstance(error, KeyboardInterrupt):
-                        raise KeyboardInterrupt(f"{path}: {kept}") from error
-                    if isinstance(error, KifmergeError) and journal and kept != _NOTHING_KEPT:
-                        raise type(error)(f"{error}; {kept}") from error
-                    raise
+    with disk_errors(path, _NOTHING_KEPT), _locked(work_dir, path):
+        journal = None
+        try:
+            _put_back(work_dir, path)
+            refuse_occupied(path, overwrite=overwrite)
+            if not (resume and _has_leftovers(work_dir)):
+                _empty(work_dir)
+            _check_work(work_dir, path, work)
+            journal = Journal(work_dir)
+            yield journal
+            _publish(journal, path, overwrite=overwrite)
+            _remove(work_dir)
+        except BaseException as error:
+            _put_back(work_dir, path)
+            kept = _tidied(work_dir, journal, error)
+            with disk_errors(path, kept):
+                if isinstance(error, KeyboardInterrupt):
+                    raise KeyboardInterrupt(f"{path}: {kept}") from error
+                if isinstance(error, KifmergeError) and journal and kept != _NOTHING_KEPT:
+                    raise type(error)(f"{error}; {kept}") from error
+                raise
 
 
 def remove_finished(path: Path) -> None:
@@ -229,10 +227,15 @@ def refuse_full_disk(
 
 @contextlib.contextmanager
 def _locked(work_dir: Path, path: Path) -> Iterator[None]:
+    """Hold the lock in the hidden folder, which is made if it is not there."""
     lock = filelock.FileLock(work_dir / _LOCK)
     try:
+        work_dir.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
-    except filelock.Timeout:
+    except (filelock.Timeout, FileNotFoundError, FileExistsError):
+        if work_dir.is_file():
+            raise
+        # Another process has the lock, or ends, and removes the folder with it.
         raise RunError(f"{path} is being made by another process at this moment") from None
     try:
         yield

@@ -8,6 +8,7 @@ import shutil
 import signal
 
 import faults
+import filelock
 import pytest
 
 from kifmerge.checkpoint.atomic import flush
@@ -545,6 +546,29 @@ class TestLock:
             child.kill(signal.SIGCONT)
             assert child.end().code == 0
         assert folder.is_whole()
+
+    @pytest.mark.parametrize("gone", [FileNotFoundError, FileExistsError])
+    def test_of_a_process_that_ends_and_removes_the_folder(self, folder, monkeypatch, gone):
+        def acquire(self, timeout):
+            shutil.rmtree(folder.hidden)
+            raise gone
+
+        folder.hidden.mkdir()
+        with monkeypatch.context() as patch:
+            patch.setattr(filelock.FileLock, "acquire", acquire)
+            with pytest.raises(RunError, match=r"out is being made by another process"):
+                folder.make()
+            folder.hidden.mkdir()
+            remove_finished(folder.path)
+        assert not folder.hidden.exists()
+        folder.make()
+        assert folder.is_whole()
+
+    def test_something_else_in_the_place_of_the_folder(self, folder):
+        folder.hidden.write_bytes(b"mine")
+        with pytest.raises(FileExistsError):
+            folder.make()
+        assert folder.hidden.read_bytes() == b"mine"
 
     def test_of_a_killed_process(self, folder):
         def stop_midway(say):
