@@ -49,7 +49,7 @@ def low_bits(values: Tensor, bucket: int) -> tuple[Tensor, Tensor]:
     (tensor([1]), tensor([8389], dtype=torch.int32))
     """
     if _is_in_order(values, bucket):
-        low = _bits(values) - np.uint32(_first_bits(bucket))
+        low = bits_of(values) - np.uint32(_first_bits(bucket))
         found = np.flatnonzero(low < NUM_BUCKETS)
         return torch.from_numpy(found), torch.from_numpy(low[found].view(np.int32))
     keys = _ordered_bits(values)
@@ -61,7 +61,7 @@ def low_counts(values: Tensor, bucket: int) -> Tensor:
     """How many numbers of a bucket have which lower 16 bits: int64, NUM_BUCKETS."""
     if not _is_in_order(values, bucket):
         return count_low_bits(low_bits(values, bucket)[1])
-    bits = _bits(values)
+    bits = bits_of(values)
     room = np.empty(bits.size, np.uint32)
     low, _, _ = find_within(bits, _first_bits(bucket), NUM_BUCKETS, room)
     return count_low_bits(torch.from_numpy(low.view(np.int32)))
@@ -78,9 +78,22 @@ def value_at(bucket: int, low_bits: int) -> float:
     >>> value_at(ZERO_BUCKET + 0x3F80, 0), value_at(ZERO_BUCKET - 0x4001, 0xFFFF)
     (1.0, -2.0)
     """
-    key = torch.tensor(((bucket - ZERO_BUCKET) << 16) | low_bits, dtype=torch.int32)
-    bits = key ^ ((key >> 31) & 0x7FFFFFFF)
-    return float(bits.view(torch.float32))
+    key = _first_bits(bucket) | low_bits
+    return value_of(key if key >= 0 else (key ^ 0x7FFFFFFF) & 0xFFFFFFFF)
+
+
+def bits_of(values: Tensor) -> Bits:
+    """The bits of numbers on a CPU, as the float32 that they are: numpy.uint32, of one shape."""
+    return values.detach().float().contiguous().numpy().view(np.uint32)
+
+
+def value_of(bits: int) -> float:
+    """The float32 number of these bits.
+
+    >>> value_of(0x3F800000), value_of(0xC0000000)
+    (1.0, -2.0)
+    """
+    return float(np.uint32(bits).view(np.float32))
 
 
 def _upper_counts_of_positive(values: Tensor) -> Tensor | None:
@@ -104,10 +117,6 @@ def _is_in_order(values: Tensor, bucket: int) -> bool:
 
 def _first_bits(bucket: int) -> int:
     return (bucket - ZERO_BUCKET) << 16
-
-
-def _bits(values: Tensor) -> Bits:
-    return values.detach().float().contiguous().numpy().view(np.uint32)
 
 
 def _ordered_bits(values: Tensor) -> Tensor:

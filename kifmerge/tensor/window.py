@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kifmerge.tensor.buckets import bits_of, value_of
 from kifmerge.tensor.native import find_within
 from kifmerge.tensor.selection import CountReduction, Part, Spread, Threshold
 
@@ -101,7 +102,7 @@ class _Window:
         cumulative = self.counts.cumsum(0)
         place = int(torch.searchsorted(cumulative, rank))
         num_above = self.num_above + self.num_within - int(cumulative[place])
-        return Threshold(_float_of(self.first + place), self.num_values, num_above)
+        return Threshold(value_of(self.first + place), self.num_values, num_above)
 
     def next_first(self, rank: int) -> int | None:
         """Where another window should begin, if values lie there as densely as in this one."""
@@ -111,7 +112,7 @@ class _Window:
             return None
         edge = self.first + (WINDOW_NUMEL if rank > 0 else 0)
         bits = min(max(edge + round(beyond / density), 0), _INFINITY_BITS)
-        return _first_bits(_float_of(bits))
+        return _first_bits(value_of(bits))
 
 
 def _count(
@@ -152,8 +153,8 @@ def _look(part: Part, first: int) -> Tensor:
     single, taken, numbers = [], [], []
     # Scratch that is asked for once breaks up no memory.
     room = np.empty(min(values.numel(), _CHUNK_NUMEL), np.uint32)
-    for chunk in values.detach().reshape(-1).split(_CHUNK_NUMEL):
-        bits = chunk.float().contiguous().numpy().view(np.uint32)
+    for chunk in values.reshape(-1).split(_CHUNK_NUMEL):
+        bits = bits_of(chunk)
         places, num_beyond, largest = find_within(bits, first, WINDOW_NUMEL, room)
         num_above += num_beyond
         # The bits of NaN, and of all that has a sign, are beyond those of infinity.
@@ -172,7 +173,3 @@ def _first_bits(guess: float) -> int:
     """Bits of the smallest number of a window around a guess."""
     bits = int(np.float32(guess).view(np.uint32)) if guess > 0 else 0
     return min(max(bits - WINDOW_NUMEL // 2, 0), _INFINITY_BITS + 1 - WINDOW_NUMEL)
-
-
-def _float_of(bits: int) -> float:
-    return float(np.uint32(bits).view(np.float32))

@@ -43,6 +43,7 @@ from peers import (
     mecha_command,
     mergekit_command,
     our_command,
+    read_by,
 )
 from processes import (
     Cost,
@@ -78,13 +79,11 @@ def jobs_of(
     if peers:
         jobs.append(Job(name=PEER_START, command=[peers.python, "-c", "import torch"]))
     for rule in arguments.rules:
-        masks = inputs.masks if rule == "recurrent-kif" else ()
-        bases = () if rule == "linear" else (inputs.base,)
         models = [word for model in inputs.models for word in ("--model", model)]
         common: dict[str, Any] = {
             "out": out,
             "weight_bytes": size,
-            "inputs": [*bases, *inputs.models, *masks],
+            "inputs": read_by(rule, inputs),
             "check": [sys.executable, CHECK_PROGRAM, rule, out, "--base", inputs.base, *models],
         }
         weights = _weights(rule, len(inputs.models))

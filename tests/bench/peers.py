@@ -110,15 +110,20 @@ def our_command(rule: str, inputs: Built, out: Path, weights: Sequence[float]) -
 def our_job(rule: str, inputs: Built, out: Path, *, name: str = "") -> Job:
     """A merge of models of equal weight, called by its rule if nothing else is said."""
     num_models = len(inputs.models)
-    masks = inputs.masks if rule == "recurrent-kif" else ()
-    bases = () if rule == "linear" else (inputs.base,)
     return Job(
         name=name or rule,
         command=our_command(rule, inputs, out, [1 / num_models] * num_models),
         out=out,
-        inputs=[*bases, *inputs.models, *masks],
+        inputs=read_by(rule, inputs),
         weight_bytes=weight_bytes(inputs.base),
     )
+
+
+def read_by(rule: str, inputs: Built) -> list[Path]:
+    """The folders that a rule reads."""
+    masks = inputs.masks if rule == "recurrent-kif" else ()
+    bases = () if rule == "linear" else (inputs.base,)
+    return [*bases, *inputs.models, *masks]
 
 
 def _sides(inputs: Built) -> list[str | Path]:
