@@ -15,10 +15,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import xxhash
-from torch import Tensor
 
 from kifmerge.checkpoint.folder import File, Folder, file_sizes, is_folder, open_file
-from kifmerge.checkpoint.header import PlacedTensor, TensorInfo, bytes_of, read_header
+from kifmerge.checkpoint.header import PlacedTensor, TensorInfo, read_header
 
 BLOCK_BYTES = 1 << 20
 # Parts that come before their turn are kept as long as they are few.
@@ -39,14 +38,16 @@ class TensorDigests:
         self._running: dict[str, _RunningDigest] = {}
         self._finished: dict[str, str] = {}
 
-    def feed(self, name: str, info: TensorInfo, start: int, values: Tensor) -> None:
-        """Take in a flat part of a tensor; what was taken in before is left out."""
+    def feed(self, name: str, info: TensorInfo, start: int, content: memoryview) -> None:
+        """Take in the bytes of a tensor from ``start`` on; what was taken in before is left out."""
         with self._lock:
             if name in self._finished:
                 return
-            running = self._running.setdefault(name, _RunningDigest())
-            running.feed(start, values)
-            if running.position == info.numel:
+            running = self._running.get(name)
+            if running is None:
+                running = self._running[name] = _RunningDigest()
+            running.feed(start, content)
+            if running.position == info.nbytes:
                 self._finished[name] = self._running.pop(name).hash.hexdigest()
 
     def know(self, digests: Mapping[str, str]) -> None:
@@ -62,30 +63,30 @@ class TensorDigests:
 
 
 class _RunningDigest:
-    """The digest of a tensor's elements up to a position, and parts from beyond it."""
+    """The digest of a tensor's bytes up to a position, and parts from beyond it."""
 
     def __init__(self) -> None:
         self.hash = xxhash.xxh3_128()
         self.position = 0
-        self._pending: dict[int, Tensor] = {}
+        self._pending: dict[int, memoryview] = {}
         self._pending_bytes = 0
 
-    def feed(self, start: int, values: Tensor) -> None:
+    def feed(self, start: int, content: memoryview) -> None:
         if start > self.position:
-            if self._pending_bytes + values.nbytes <= MOST_PENDING_BYTES:
-                self._pending[start] = values
-                self._pending_bytes += values.nbytes
+            if self._pending_bytes + len(content) <= MOST_PENDING_BYTES:
+                self._pending[start] = content
+                self._pending_bytes += len(content)
             return
-        if start < self.position or not values.numel():
+        if start < self.position or not len(content):
             return
-        self._take(values)
+        self._take(content)
         while (following := self._pending.pop(self.position, None)) is not None:
-            self._pending_bytes -= following.nbytes
+            self._pending_bytes -= len(following)
             self._take(following)
 
-    def _take(self, values: Tensor) -> None:
-        self.hash.update(bytes_of(values))
-        self.position += values.numel()
+    def _take(self, content: memoryview) -> None:
+        self.hash.update(content)
+        self.position += len(content)
 
 
 def digest(path: Folder, known: Mapping[str, str] | None = None) -> str | None:

@@ -176,9 +176,9 @@ def header_of(infos: Iterable[tuple[str, TensorInfo]]) -> tuple[bytes, dict[str,
     return first, {name: PlacedTensor(info, len(first) + start) for name, info, start in starts}
 
 
-def bytes_of(values: torch.Tensor) -> Any:
-    """The memory of a contiguous CPU tensor as an array of bytes."""
-    return values.view(torch.uint8).numpy()
+def bytes_of(values: torch.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor as bytes."""
+    return values.view(torch.uint8).numpy().data
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -182,7 +182,7 @@ class _OpenFile:
         self._hash: Any = hashlib.sha256(first)
         end = len(first) + sum(info.nbytes for _, info in infos)
         self._span = _Span(path.name, len(first), end)
-        self._pending: dict[int, Any] = {}
+        self._pending: dict[int, memoryview] = {}
         self._pending_bytes = 0
         self._behind = WriteBehind(end)
         self._header_bytes = len(first)
@@ -200,9 +200,9 @@ class _OpenFile:
             self._hash_in_order(hashed, offset, content)
         # One at a time: threads that write to one file wait for each other spinning.
         with self._write_lock:
-            self._write(offset, memoryview(content))
+            self._write(offset, content)
 
-    def _hash_in_order(self, hashed: int, offset: int, content: Any) -> None:
+    def _hash_in_order(self, hashed: int, offset: int, content: memoryview) -> None:
         if self._hash is None:
             return
         if offset != hashed:

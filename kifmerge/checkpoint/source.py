@@ -216,8 +216,8 @@ class FolderSource:
         file, tensor = self._find(name)
         if stop > start and name not in self._expected:
             self.expect([name])
-        values = _read(file, name, tensor, start, stop)
-        self.digests.feed(name, tensor.info, start, values)
+        values, content = _read(file, name, tensor, start, stop)
+        self.digests.feed(name, tensor.info, start * values.itemsize, content)
         return values
 
     def peek(self, name: str, start: int, stop: int) -> Tensor | None:
@@ -225,7 +225,7 @@ class FolderSource:
         file, tensor = self._find(name)
         if isinstance(file, RemoteFile) and not file.is_here:
             return None
-        return _read(file, name, tensor, start, stop)
+        return _read(file, name, tensor, start, stop)[0]
 
     def expect(self, names: Iterable[str]) -> None:
         """Tell which tensors are going to be read; without it each is a surprise to the network."""
@@ -262,14 +262,17 @@ class FolderSource:
             raise CheckpointError(f"{self.directory} holds no tensor {name}") from None
 
 
-def _read(file: File, name: str, tensor: PlacedTensor, start: int, stop: int) -> Tensor:
+def _read(
+    file: File, name: str, tensor: PlacedTensor, start: int, stop: int
+) -> tuple[Tensor, memoryview]:
+    """These elements, and their bytes."""
     if not 0 <= start <= stop <= tensor.info.numel:
         raise IndexError(f"{name}: elements {start} to {stop} of {tensor.info.numel}")
     values = torch.empty(stop - start, dtype=tensor.info.dtype)
+    content = bytes_of(values)
     if stop > start:
-        view = memoryview(bytes_of(values))
-        file.read_into(tensor.offset + start * values.itemsize, view)
-    return values
+        file.read_into(tensor.offset + start * values.itemsize, content)
+    return values, content
 
 
 def read_whole(source: Source, name: str) -> Tensor:

@@ -34,8 +34,8 @@ class Compiled(Protocol):
 
         Returns:
             The fused values and, under rules that use masks, what the masks have in common, as
-            :func:`kifmerge.tensor.native.add_up` counts it; None where the rules must look
-            themselves, since not all is finite.
+            :meth:`kifmerge.tensor.native.Summation.add_up` counts it; None where the rules must
+            look themselves, since not all is finite.
         """
         ...
 
@@ -62,19 +62,20 @@ def compiled_rule(weights: Weights, evidence: Evidence, options: FusionOptions) 
     if options.rule == "ties":
         factors = all_alike(options, len(starts))
         return _Ties(starts, factors, options.scale, evidence.smallest_kept)
-    return _Sum(_SUMS[options.rule](options, starts), evidence.shows)
+    wanted = _SUMS[options.rule](options, starts)
+    return _Sum(native.Summation(wanted), evidence.shows)
 
 
 @dataclass(frozen=True, slots=True)
 class _Sum:
-    wanted: WeightedSum
+    summation: native.Summation
     shows: Sequence[ShowPiece]
 
     def fuse(
         self, piece: Piece, stored: Sequence[Tensor], dtype: torch.dtype
     ) -> tuple[Tensor, Tensor | None] | None:
         masks = [show(piece, stored[0]) for show in self.shows]
-        return native.add_up(self.wanted, stored, masks, dtype)
+        return self.summation.add_up(stored, masks, dtype)
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,24 +54,57 @@ def is_built() -> bool:
     return _library() is not None
 
 
-def add_up(
-    wanted: WeightedSum, tensors: Sequence[Tensor], masks: Sequence[Tensor], dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None] | None:
-    """A weighted sum in one pass, by the compiled part, which must be there.
+class Summation:
+    """A weighted sum that the compiled part, which must be there, makes of piece after piece.
 
     Args:
         wanted: what is to be added up.
-        tensors: floating-point numbers, on the CPU, in one dimension and of one size.
-        masks: bool, one byte for each element; at most MOST_MODELS.
-        dtype: of the sum.
-
-    Returns:
-        The sum, and how many elements all masks hold, none of them, and each of them alone (None
-        without masks); None where NaN or infinity is in the sum, as it is in float32.
     """
-    library = _library()
-    assert library is not None
-    return _add_up(library, wanted, tensors, masks, dtype)
+
+    def __init__(self, wanted: WeightedSum, library: ctypes.CDLL | None = None) -> None:
+        found = library or _library()
+        assert found is not None
+        self._library = found
+        self._wanted = wanted
+        self._num_terms = len(wanted.pairs)
+        index_array = _INT32 * self._num_terms
+        self._xs = index_array(*(x for x, _ in wanted.pairs))
+        self._ys = index_array(*(y for _, y in wanted.pairs))
+        numbers = torch.as_tensor(wanted.weights, dtype=torch.float32, device="cpu")
+        self._weights = numbers.contiguous()
+
+    def add_up(
+        self, tensors: Sequence[Tensor], masks: Sequence[Tensor], dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """Add up in one pass.
+
+        Args:
+            tensors: floating-point numbers, on the CPU, in one dimension and of one size.
+            masks: bool, one byte for each element; at most MOST_MODELS.
+            dtype: of the sum.
+
+        Returns:
+            The sum, and how many elements all masks hold, none of them, and each of them alone
+            (None without masks); None where NaN or infinity is in the sum, as it is in float32.
+        """
+        num_weights = self._weights.numel()
+        if num_weights != self._num_terms << len(masks) or len(masks) > MOST_MODELS:
+            raise ValueError(
+                f"{num_weights} weights of {self._num_terms} terms by {len(masks)} masks"
+            )
+        read, out = _prepared(tensors, dtype)
+        numel = out.numel()
+        bytes_of_masks = [mask.contiguous() for mask in masks]
+        if any(mask.shape != out.shape for mask in bytes_of_masks):
+            raise ValueError(f"expected masks of one size, {numel}")
+        counts = torch.zeros(len(masks) + 2, dtype=torch.int64, device="cpu") if masks else None
+        is_finite = self._library.kifmerge_weighted_sum(
+            numel, _addresses(read), _kinds(read), self._num_terms, self._xs, self._ys,
+            self._weights.data_ptr(), self._wanted.origin, self._wanted.origin_last,
+            len(masks), _addresses(bytes_of_masks), None if counts is None else counts.data_ptr(),
+            out.data_ptr(), _KINDS[out.dtype],
+        )  # fmt: skip
+        return (out.to(dtype), counts) if is_finite else None
 
 
 def ties(
@@ -104,7 +137,7 @@ def ties(
         raise ValueError(f"{num_models} weights and {len(smallest_kept)} bounds of {len(read) - 1}")
     sizes = [abs(weight) for weight in weights if weight]
     is_finite = library.kifmerge_ties(
-        len(out), _addresses(read), _kinds(read), num_models, (_INT32 * num_models)(*starts),
+        out.numel(), _addresses(read), _kinds(read), num_models, (_INT32 * num_models)(*starts),
         (_FLOAT * num_models)(*smallest_kept), (_FLOAT * num_models)(*weights), scale,
         min(sizes, default=1.0), out.data_ptr(), _KINDS[out.dtype],
     )  # fmt: skip
@@ -126,7 +159,7 @@ def sizes_of(model: Tensor, parent: Tensor) -> tuple[Tensor, bool]:
         sizes = (model.float() - parent.float()).abs_()
         return sizes, all_finite([sizes])
     read, out = _prepared([model.reshape(-1), parent.reshape(-1)], torch.float32)
-    is_finite = library.kifmerge_sizes(len(out), _addresses(read), _kinds(read), out.data_ptr())
+    is_finite = library.kifmerge_sizes(out.numel(), _addresses(read), _kinds(read), out.data_ptr())
     return out.view(model.shape), bool(is_finite)
 
 
@@ -153,7 +186,7 @@ def count_upper_bits(values: Tensor, counts: Tensor) -> int | None:
     room = torch.empty(2 * NUM_BUCKETS, dtype=torch.int32, device="cpu")
     return int(
         library.kifmerge_upper_counts(
-            len(read), read.data_ptr(), _KINDS[read.dtype], room.data_ptr(), counts.data_ptr()
+            read.numel(), read.data_ptr(), _KINDS[read.dtype], room.data_ptr(), counts.data_ptr()
         )
     )
 
@@ -192,39 +225,13 @@ def find_within(bits: Bits, first: int, width: int, room: Bits) -> tuple[Bits, i
     return room[:num_within], above.value, largest.value
 
 
-def _add_up(
-    library: ctypes.CDLL,
-    wanted: WeightedSum,
-    tensors: Sequence[Tensor],
-    masks: Sequence[Tensor],
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor | None] | None:
-    read, out = _prepared(tensors, dtype)
-    bytes_of_masks = [mask.contiguous() for mask in masks]
-    weights = torch.as_tensor(wanted.weights, dtype=torch.float32, device="cpu").contiguous()
-    num_terms = len(wanted.pairs)
-    if weights.numel() != num_terms << len(masks) or len(masks) > MOST_MODELS:
-        raise ValueError(f"{weights.numel()} weights of {num_terms} terms by {len(masks)} masks")
-    if any(mask.shape != out.shape for mask in bytes_of_masks):
-        raise ValueError(f"expected masks of one size, {len(out)}")
-    counts = torch.zeros(len(masks) + 2, dtype=torch.int64, device="cpu")
-    index_array = _INT32 * num_terms
-    is_finite = library.kifmerge_weighted_sum(
-        len(out), _addresses(read), _kinds(read),
-        num_terms, index_array(*(x for x, _ in wanted.pairs)),
-        index_array(*(y for _, y in wanted.pairs)), weights.data_ptr(),
-        wanted.origin, wanted.origin_last, len(masks), _addresses(bytes_of_masks),
-        counts.data_ptr(), out.data_ptr(), _KINDS[out.dtype],
-    )  # fmt: skip
-    return (out.to(dtype), counts if masks else None) if is_finite else None
-
-
 def _prepared(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
     """The same numbers as they can be read, and room for as many that become of a dtype."""
     read = [_readable(values) for values in tensors]
-    out = torch.empty(len(read[0]), dtype=dtype if dtype in _KINDS else torch.float32, device="cpu")
+    numel = read[0].numel()
+    out = torch.empty(numel, dtype=dtype if dtype in _KINDS else torch.float32, device="cpu")
     if any(values.shape != out.shape for values in read):
-        raise ValueError(f"expected tensors of one size, {len(out)}")
+        raise ValueError(f"expected tensors of one size, {numel}")
     return read, out
 
 
@@ -276,8 +283,9 @@ def _rounds_like_torch(library: ctypes.CDLL) -> bool:
     z = z.bfloat16()
     expected = (x - z.float()).mul_(0.3).add_(y).add_((y - x).mul_(0.7))
     wanted = WeightedSum(pairs=((0, 2), (1, 0)), weights=(0.3, 0.7), origin=1)
+    summation = Summation(wanted, library)
     return all(
         found is not None and torch.equal(found[0].view(bits), expected.to(dtype).view(bits))
         for dtype, bits in ((torch.float32, torch.int32), (torch.bfloat16, torch.int16))
-        for found in [_add_up(library, wanted, (x, y, z), (), dtype)]
+        for found in [summation.add_up((x, y, z), (), dtype)]
     )

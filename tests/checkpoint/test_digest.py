@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from kifmerge.checkpoint import digest as digest_module
 from kifmerge.checkpoint.digest import TensorDigests, digest, file_sha256, stem_of
+from kifmerge.checkpoint.header import bytes_of
 from kifmerge.checkpoint.pieces import pieces, read_piece
 from kifmerge.checkpoint.source import TensorInfo, open_source
 from kifmerge.errors import CheckpointError
@@ -181,7 +182,7 @@ class TestTensorDigests:
 
     def feed(self, digests, *spans):
         for start, stop in spans:
-            digests.feed("w", self.INFO, start, self.VALUES[start:stop])
+            digests.feed("w", self.INFO, 4 * start, bytes_of(self.VALUES[start:stop]))
 
     @given(cuts=st.sets(st.integers(1, NUMEL - 1), max_size=6), data=st.data())
     def test_any_parts_in_any_order(self, cuts, data):

@@ -80,10 +80,10 @@ def test_sums_have_the_bits_of_the_rules(numel, num_models, seed, base_dtype, dt
         ),
     ]
     for wanted, shown, expected in cases:
-        found = native.add_up(wanted, [base, *models], shown, out_dtype)
+        found = native.Summation(wanted).add_up([base, *models], shown, out_dtype)
         assert found is not None
         assert same_bits(found[0], expected.to(out_dtype))
-    found = native.add_up(mean_of_models(weights), models, [], out_dtype)
+    found = native.Summation(mean_of_models(weights)).add_up(models, [], out_dtype)
     expected = linear([model.float() for model in models], weights)
     assert same_bits(found[0], expected.to(out_dtype))
 
@@ -119,7 +119,9 @@ def test_masks_are_counted(seed, numel, num_masks):
     generator = torch.Generator().manual_seed(seed)
     masks = [torch.rand(numel, generator=generator) < 0.6 for _ in range(num_masks)]
     wanted = sum_of_vectors(torch.ones(num_masks, 2**num_masks), [0] * num_masks)
-    _, counts = native.add_up(wanted, [torch.zeros(numel)] * (1 + num_masks), masks, torch.float32)
+    _, counts = native.Summation(wanted).add_up(
+        [torch.zeros(numel)] * (1 + num_masks), masks, torch.float32
+    )
     votes = sum(mask.long() for mask in masks)
     alone = [int((mask & (votes == 1)).sum()) for mask in masks]
     assert counts.tolist() == [int((votes == num_masks).sum()), int((votes == 0).sum()), *alone]
@@ -133,7 +135,7 @@ def test_masks_are_counted(seed, numel, num_masks):
 def test_what_is_not_finite_is_told(value, place, source, dtype):
     tensors = [torch.ones(2501, dtype=dtype) for _ in range(3)]
     made_by = [
-        partial(native.add_up, sum_of_vectors([0.5, 0.0], [0, 0]), tensors, [], dtype),
+        partial(native.Summation(sum_of_vectors([0.5, 0.0], [0, 0])).add_up, tensors, [], dtype),
         partial(native.ties, [0, 0], [0.5, 0.0], 1.0, dtype, [9.0, 9.0], tensors),
     ]
     assert all(make() is not None for make in made_by)
@@ -145,8 +147,8 @@ def test_what_is_not_finite_is_told(value, place, source, dtype):
 def test_a_sum_beyond_float32_is_told_and_one_that_only_rounds_to_infinity_is_not():
     largest = torch.full((3,), torch.finfo(torch.float32).max)
     wanted = sum_of_vectors([1.0], [0])
-    assert native.add_up(wanted, [-largest, largest], [], torch.float32) is None
-    values, _ = native.add_up(wanted, [torch.zeros(3), largest], [], torch.bfloat16)
+    assert native.Summation(wanted).add_up([-largest, largest], [], torch.float32) is None
+    values, _ = native.Summation(wanted).add_up([torch.zeros(3), largest], [], torch.bfloat16)
     assert torch.equal(values, largest.bfloat16())
     assert values.isinf().all()
 
@@ -160,8 +162,8 @@ def test_tensors_of_any_layout(seed):
     wanted = sum_of_vectors(torch.tensor([[0.25, 0.75]]), [0])
     expected = base + (model - base) * torch.where(mask, 0.75, 0.25)
     for column in (0, 1):
-        found, _ = native.add_up(
-            wanted, [base[:, column], model[:, column]], [mask[:, column]], torch.float32
+        found, _ = native.Summation(wanted).add_up(
+            [base[:, column], model[:, column]], [mask[:, column]], torch.float32
         )
         assert same_bits(found, expected[:, column].contiguous())
 
@@ -181,7 +183,7 @@ def test_what_does_not_belong_together_is_refused(wanted, tensor_sizes, mask_siz
     tensors = [torch.ones(size) for size in tensor_sizes]
     masks = [torch.ones(size, dtype=torch.bool) for size in mask_sizes]
     with pytest.raises(ValueError, match=r"weights of|of one size"):
-        native.add_up(wanted, tensors, masks, torch.float32)
+        native.Summation(wanted).add_up(tensors, masks, torch.float32)
 
 
 @needs_library
