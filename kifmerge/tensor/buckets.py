@@ -10,13 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kifmerge.tensor.native import NUM_BUCKETS, Bits, count_upper_bits, find_within
+from kifmerge.tensor.native import NUM_BUCKETS, Bits, count_upper_bits, find_within, tally
 
 # Of 0.0; those of negative numbers lie before.
 ZERO_BUCKET = NUM_BUCKETS // 2
-# Infinity and NaN are in the buckets from the one on, and before the other.
+# Infinity and NaN are in the buckets from here on, where they have no sign.
 _MOST_FINITE = ZERO_BUCKET + 0x7F80
-_LEAST_FINITE = ZERO_BUCKET - 0x7F80
 
 
 def count_buckets(values: Tensor, counts: Tensor) -> Tensor | int:
@@ -24,22 +23,18 @@ def count_buckets(values: Tensor, counts: Tensor) -> Tensor | int:
 
     Args:
         values: of any shape.
-        counts: int64, NUM_BUCKETS, on the same device: written to.
+        counts: int64, NUM_BUCKETS, on the same device: added to.
     """
     num_nan = count_upper_bits(values, counts)
     if num_nan is not None:
         return num_nan
-    positive = _upper_counts_of_positive(values) if values.device.type == "cpu" else None
-    if positive is not None:
-        counts[:ZERO_BUCKET], counts[ZERO_BUCKET:] = 0, positive
-    else:
-        buckets = (_ordered_bits(values) >> 16).add_(ZERO_BUCKET)
-        counts.copy_(torch.bincount(buckets, minlength=NUM_BUCKETS))
-    # An accelerator would wait for the answer; on a CPU it spares another look at the numbers.
-    is_finite = values.device.type == "cpu" and not (
-        counts[:_LEAST_FINITE].any() or counts[_MOST_FINITE:].any()
-    )
-    return 0 if is_finite else values.isnan().sum()
+    found = _upper_counts_of_positive(values) if values.device.type == "cpu" else None
+    if found is not None:
+        counts[ZERO_BUCKET:] += found
+        return values.isnan().sum() if found[_MOST_FINITE - ZERO_BUCKET :].any() else 0
+    buckets = (_ordered_bits(values) >> 16).add_(ZERO_BUCKET)
+    counts += torch.bincount(buckets, minlength=NUM_BUCKETS)
+    return values.isnan().sum()
 
 
 def low_bits(values: Tensor, bucket: int) -> tuple[Tensor, Tensor]:
@@ -57,14 +52,21 @@ def low_bits(values: Tensor, bucket: int) -> tuple[Tensor, Tensor]:
     return places, keys[places] & 0xFFFF
 
 
-def low_counts(values: Tensor, bucket: int) -> Tensor:
-    """How many numbers of a bucket have which lower 16 bits: int64, NUM_BUCKETS."""
+def add_low_counts(values: Tensor, bucket: int, counts: Tensor) -> None:
+    """Count how many numbers of a bucket have which lower 16 bits.
+
+    Args:
+        values: of one dimension.
+        bucket: of them.
+        counts: int64, NUM_BUCKETS, on the same device: added to.
+    """
     if not _is_in_order(values, bucket):
-        return count_low_bits(low_bits(values, bucket)[1])
+        counts += count_low_bits(low_bits(values, bucket)[1])
+        return
     bits = bits_of(values)
     room = np.empty(bits.size, np.uint32)
     low, _, _ = find_within(bits, _first_bits(bucket), NUM_BUCKETS, room)
-    return count_low_bits(torch.from_numpy(low.view(np.int32)))
+    tally(low, counts)
 
 
 def count_low_bits(found: Tensor) -> Tensor:

@@ -126,7 +126,7 @@ INLINE uint32_t any_unbounded(const float *restrict values, int64_t n)
 /* Raised whenever what is declared elsewhere changes: a library built before is not used. */
 int64_t kifmerge_native_version(void)
 {
-    return 2;
+    return 3;
 }
 
 /* origin + w_1 * (x_1 - y_1) + w_2 * (x_2 - y_2) + ..., in this order, or with the origin last.
@@ -289,10 +289,18 @@ int64_t kifmerge_within(int64_t numel, const uint32_t *numbers, uint32_t first, 
     return num_within;
 }
 
-/* How many numbers have which upper 16 bits, in the order of values; -0.0 counts as 0.0.
+/* Count places: of each there is one counter. */
+int64_t kifmerge_tally(int64_t num_places, const uint32_t *places, int64_t *counts)
+{
+    for (int64_t k = 0; k < num_places; k++)
+        counts[places[k]]++;
+    return num_places;
+}
+
+/* Count how many numbers have which upper 16 bits, in the order of values; -0.0 counts as 0.0.
 
    room: of two tables, so that equal numbers next to each other do not wait for one counter
-   counts: NUM_BUCKETS of them
+   counts: NUM_BUCKETS of them, which are added to
    Returns how many are NaN. */
 FOR_EACH_PROCESSOR
 int64_t kifmerge_upper_counts(int64_t numel, const void *numbers, int kind, uint32_t *room,
@@ -323,6 +331,6 @@ int64_t kifmerge_upper_counts(int64_t numel, const void *numbers, int kind, uint
             even[buckets[n - 1]]++;
     }
     for (int64_t bucket = 0; bucket < NUM_BUCKETS; bucket++)
-        counts[bucket] = (int64_t)even[bucket] + odd[bucket];
+        counts[bucket] += (int64_t)even[bucket] + odd[bucket];
     return num_nan;
 }

@@ -31,7 +31,7 @@ NUM_BUCKETS = 1 << 16
 
 _INT64, _INT32, _FLOAT, _POINTER = ctypes.c_int64, ctypes.c_int32, ctypes.c_float, ctypes.c_void_p
 # Of native.c, where it stands as well.
-_VERSION = 2
+_VERSION = 3
 _ARGUMENTS = {
     "kifmerge_weighted_sum": (
         _INT64, _POINTER, ctypes.c_char_p, _INT32, _POINTER, _POINTER, _POINTER, _INT32, _INT32,
@@ -41,6 +41,7 @@ _ARGUMENTS = {
     "kifmerge_within": (
         _INT64, _POINTER, ctypes.c_uint32, ctypes.c_uint32, _POINTER, _POINTER, _POINTER,
     ),
+    "kifmerge_tally": (_INT64, _POINTER, _POINTER),
     "kifmerge_upper_counts": (_INT64, _POINTER, _INT32, _POINTER, _POINTER),
     "kifmerge_ties": (
         _INT64, _POINTER, ctypes.c_char_p, _INT32, _POINTER, _POINTER, _POINTER, _FLOAT,
@@ -168,13 +169,13 @@ def count_upper_bits(values: Tensor, counts: Tensor) -> int | None:
 
     Args:
         values: floating-point numbers of any shape, fewer than 2 ** 32; -0.0 is taken for 0.0.
-        counts: int64, NUM_BUCKETS, contiguous: written to.
+        counts: int64, NUM_BUCKETS, contiguous: added to.
 
     Returns:
         How many are NaN; None where nothing is counted, without the compiled part or on another
         device than the CPU.
 
-    >>> counts = torch.empty(NUM_BUCKETS, dtype=torch.int64)
+    >>> counts = torch.zeros(NUM_BUCKETS, dtype=torch.int64)
     >>> num_nan = count_upper_bits(torch.tensor([-0.0, 0.0, 1.0]), counts)
     >>> num_nan is None or counts.nonzero()[:, 0].tolist() == [0x8000, 0x8000 + 0x3F80]
     True
@@ -189,6 +190,25 @@ def count_upper_bits(values: Tensor, counts: Tensor) -> int | None:
             read.numel(), read.data_ptr(), _KINDS[read.dtype], room.data_ptr(), counts.data_ptr()
         )
     )
+
+
+def tally(places: Bits, counts: Tensor) -> None:
+    """Count places: of each there is one counter.
+
+    Args:
+        places: one dimension, contiguous; each below the number of counters.
+        counts: int64, contiguous, on the CPU: added to.
+
+    >>> counts = torch.zeros(3, dtype=torch.int64)
+    >>> tally(np.array([2, 0, 2], np.uint32), counts)
+    >>> counts
+    tensor([1, 0, 2])
+    """
+    library = _library()
+    if library is None:
+        counts += torch.from_numpy(np.bincount(places, minlength=len(counts)))
+    else:
+        library.kifmerge_tally(places.size, places.ctypes.data, counts.data_ptr())
 
 
 def find_within(bits: Bits, first: int, width: int, room: Bits) -> tuple[Bits, int, int]:

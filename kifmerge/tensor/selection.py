@@ -13,10 +13,11 @@ are the whole value, and one pass is enough. Counts of several streams (shards, 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal, cast
+from typing import Literal, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
@@ -29,7 +30,18 @@ Scope = Literal["global", "tensor"]
 CountReduction = Callable[[Tensor], Tensor]
 # Scores, or a function that reads them: readings are spread over workers together with the counts.
 Part = Tensor | Callable[[], Tensor]
-Spread = Callable[[Callable[[Part], Tensor], Iterable[Part]], Iterable[Tensor]]
+_Found = TypeVar("_Found")
+
+
+class Spread(Protocol):
+    """Applies a function to many parts, as the built-in ``map`` does, or on threads."""
+
+    def __call__(
+        self, function: Callable[[Part], _Found], parts: Iterable[Part], /
+    ) -> Iterable[_Found]:
+        """Give what the function gives of each part, in their order."""
+        ...
+
 
 CHUNK_NUMEL = 1 << 20
 ACCELERATOR_CHUNK_NUMEL = 1 << 25
@@ -211,29 +223,30 @@ def kth_smallest(
 
 def _count(
     scores: Iterable[Part],
-    counts_of: Callable[[Tensor], Tensor],
+    add_counts: Callable[[Tensor, Tensor], None],
     num_counts: int,
     reduce_counts: CountReduction | None,
     spread: Spread,
 ) -> Tensor:
-    """Add up the counts of all chunks, where the chunks are, and bring the sum to the CPU."""
+    """Count all chunks, each thread and device by its own counters, and add these up on the CPU."""
     if isinstance(scores, Iterator):
         raise TypeError("scores are read twice: pass a list or a re-iterable, not an iterator")
+    counters: dict[tuple[int, torch.device], Tensor] = {}
 
-    def counts_of_part(part: Part) -> Tensor:
+    def count_part(part: Part) -> None:
         scores = part if isinstance(part, Tensor) else part()
-        chunks = scores.detach().reshape(-1).split(_chunk_numel(scores))
-        total = counts_of(_countable(chunks[0]))
-        for chunk in chunks[1:]:
-            total += counts_of(_countable(chunk))
-        return total
+        place = threading.get_ident(), scores.device
+        if place not in counters:
+            counters[place] = torch.zeros(num_counts, dtype=torch.int64, device=scores.device)
+        for chunk in scores.detach().reshape(-1).split(_chunk_numel(scores)):
+            add_counts(_countable(chunk), counters[place])
 
-    total: Tensor | None = None
-    for counts in spread(counts_of_part, _bundles(scores)):
-        total = counts if total is None else total.to(counts.device).add_(counts)
-    if total is None:  # a process may have no scores, and adds up with the others all the same
-        total = torch.zeros(num_counts, dtype=torch.int64)
-    total = total.cpu()
+    for _ in spread(count_part, _bundles(scores)):
+        pass
+    # A process may have no scores, and adds up with the others all the same.
+    total = torch.zeros(num_counts, dtype=torch.int64)
+    for counts in counters.values():
+        total += counts.cpu()
     return total if reduce_counts is None else reduce_counts(total)
 
 
@@ -264,12 +277,13 @@ def _bundles(scores: Iterable[Part]) -> Iterator[Part]:
         yield torch.cat(packed) if len(packed) > 1 else packed[0]
 
 
-def _upper_counts(chunk: Tensor) -> Tensor:
-    """Counts per bucket, and behind them the number of NaN and of values of more than 16 bits."""
-    counts = torch.empty(NUM_BUCKETS + 2, dtype=torch.int64, device=chunk.device)
-    counts[-2] = buckets.count_buckets(chunk, counts[:-2])
-    counts[-1] = 0 if chunk.dtype == torch.bfloat16 else chunk.numel()
-    return counts
+def _add_upper_counts(chunk: Tensor, counts: Tensor) -> None:
+    """Add per bucket, and behind them the number of NaN and of values of more than 16 bits."""
+    num_nan = buckets.count_buckets(chunk, counts[:-2])
+    if isinstance(num_nan, Tensor) or num_nan:
+        counts[-2] += num_nan
+    if chunk.dtype != torch.bfloat16:
+        counts[-1] += chunk.numel()
 
 
 def _bracket(
@@ -279,7 +293,7 @@ def _bracket(
     spread: Spread,
 ) -> Bracket:
     """The bracket of the value of some rank, which follows from the number of values."""
-    counts = _count(scores, _upper_counts, NUM_BUCKETS + 2, reduce_counts, spread)
+    counts = _count(scores, _add_upper_counts, NUM_BUCKETS + 2, reduce_counts, spread)
     upper, (num_nan, num_longer) = counts[:-2], counts[-2:].tolist()
     if num_nan:
         raise ValueError("NaN among the scores")
@@ -302,7 +316,7 @@ def _lower_counts(
         return only
     return _count(
         scores,
-        lambda chunk: buckets.low_counts(chunk, bracket.bucket),
+        lambda chunk, counts: buckets.add_low_counts(chunk, bracket.bucket, counts),
         NUM_BUCKETS,
         reduce_counts,
         spread,

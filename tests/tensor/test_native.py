@@ -248,17 +248,27 @@ def test_what_lies_in_a_window_is_found(numel, first, width):
 def test_upper_bits_are_counted_in_the_order_of_values(numel, dtype):
     values = draw(torch.Generator().manual_seed(numel), numel, dtype)
     values[5::97], values[7::97], values[9::97] = float("inf"), float("-inf"), float("nan")
-    counts = torch.full((native.NUM_BUCKETS,), -1)
+    counts = torch.zeros(native.NUM_BUCKETS, dtype=torch.int64)
     num_nan = native.count_upper_bits(values, counts)
     assert num_nan == len(values[9::97])
     bits = (values.float().numpy() + np.float32(0)).view(np.uint32)
     ordered = np.where(bits >> 31 == 1, ~bits, bits | np.uint32(1 << 31)) >> 16
     assert counts.tolist() == np.bincount(ordered, minlength=native.NUM_BUCKETS).tolist()
-    # The same in every layout, and of numbers that are all alike.
+    # Added to what was there, the same in every layout.
     assert native.count_upper_bits(values.repeat(2, 1).T, counts) == 2 * num_nan
-    assert counts.tolist() == (2 * np.bincount(ordered, minlength=native.NUM_BUCKETS)).tolist()
+    assert counts.tolist() == (3 * np.bincount(ordered, minlength=native.NUM_BUCKETS)).tolist()
+    counts.zero_()
     native.count_upper_bits(torch.zeros(numel, dtype=dtype), counts)
     assert counts[native.NUM_BUCKETS // 2] == counts.sum() == numel
+
+
+@pytest.mark.usefixtures("built_or_not")
+@pytest.mark.parametrize("numel", SIZES)
+def test_places_are_counted(numel):
+    places = np.random.default_rng(numel).integers(0, 7, numel).astype(np.uint32)
+    counts = torch.arange(9)
+    native.tally(places, counts)
+    assert counts.tolist() == [k + np.count_nonzero(places == k) for k in range(9)]
 
 
 @needs_library
