@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,15 +30,6 @@ VERSION = 1
 STEM = "mask"
 DETAIL_FILE = "mask.json"
 _BITS = 8
-_GATHER = sum(1 << (7 * bit) for bit in range(1, _BITS + 1))
-# The eight bool that a byte stands for, as one number.
-_UNPACKED = (
-    torch.tensor(
-        [[byte >> bit & 1 for bit in range(_BITS)] for byte in range(1 << _BITS)], dtype=torch.uint8
-    )
-    .view(torch.int64)
-    .reshape(-1)
-)
 
 
 def pack_bits(mask: Tensor) -> Tensor:
@@ -46,11 +38,7 @@ def pack_bits(mask: Tensor) -> Tensor:
     >>> pack_bits(torch.tensor([True, False, False, True, False, False, False, False, True]))
     tensor([9, 1], dtype=torch.uint8)
     """
-    padding = -mask.numel() % _BITS
-    padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, padding)).contiguous()
-    # Eight bytes of 0 or 1 are one number; the product brings their bits together in the highest
-    # byte. Measured: five times as fast as a weighted sum.
-    return ((padded.view(torch.int64) * _GATHER) >> (_BITS * (_BITS - 1))).to(torch.uint8)
+    return torch.from_numpy(np.packbits(mask.cpu().numpy(), bitorder="little"))
 
 
 def unpack_bits(packed: Tensor) -> Tensor:
@@ -59,7 +47,8 @@ def unpack_bits(packed: Tensor) -> Tensor:
     >>> unpack_bits(torch.tensor([9], dtype=torch.uint8))[:5]
     tensor([ True, False, False,  True, False])
     """
-    return _UNPACKED.to(packed.device).index_select(0, packed.to(torch.int32)).view(torch.bool)
+    unpacked = np.unpackbits(packed.cpu().numpy(), bitorder="little")
+    return torch.from_numpy(unpacked).view(torch.bool)
 
 
 class MaskSource:

@@ -34,31 +34,92 @@ INLINE uint32_t bits_of(float value)
     return bits;
 }
 
-INLINE void load(const void *stored, int kind, int64_t start, int64_t n, float *restrict values)
+INLINE float at(const void *stored, int kind, int64_t k)
 {
-    if (kind == FLOAT32) {
-        memcpy(values, (const float *)stored + start, (size_t)n * sizeof(float));
-        return;
-    }
-    const uint16_t *restrict halves = (const uint16_t *)stored + start;
-    for (int64_t k = 0; k < n; k++) {
-        uint32_t bits = (uint32_t)halves[k] << 16;
-        memcpy(values + k, &bits, sizeof bits);
-    }
+    if (kind == FLOAT32)
+        return ((const float *)stored)[k];
+    uint32_t bits = (uint32_t)((const uint16_t *)stored)[k] << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
 }
 
-/* To the nearest, and of two as near to the even one; of finite values. */
-INLINE void store(const float *restrict values, int64_t n, void *stored, int kind, int64_t start)
+INLINE const void *from(const void *stored, int kind, int64_t start)
 {
+    return (const char *)stored + start * (kind == FLOAT32 ? 4 : 2);
+}
+
+INLINE void load(const void *stored, int kind, int64_t start, int64_t n, float *restrict values)
+{
+    const void *block = from(stored, kind, start);
+    for (int64_t k = 0; k < n; k++)
+        values[k] = at(block, kind, k);
+}
+
+/* Whether a number is infinite or NaN: its exponent is all ones. */
+INLINE uint32_t is_unbounded(float value)
+{
+    return ((bits_of(value) & 0x7f800000u) + 0x00800000u) >> 31;
+}
+
+/* To the nearest, and of two as near to the even one. Returns whether any number is unbounded;
+   what is stored of those has no meaning. */
+INLINE uint32_t store(const float *restrict values, int64_t n, void *stored, int kind, int64_t start)
+{
+    uint32_t unbounded = 0;
     if (kind == FLOAT32) {
-        memcpy((float *)stored + start, values, (size_t)n * sizeof(float));
+        float *restrict floats = (float *)stored + start;
+        for (int64_t k = 0; k < n; k++) {
+            unbounded |= is_unbounded(values[k]);
+            floats[k] = values[k];
+        }
+    } else {
+        uint16_t *restrict halves = (uint16_t *)stored + start;
+        for (int64_t k = 0; k < n; k++) {
+            uint32_t bits = bits_of(values[k]);
+            unbounded |= is_unbounded(values[k]);
+            halves[k] = (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+        }
+    }
+    return unbounded;
+}
+
+/* Two blocks of numbers of one kind: as they are stored, or both as float32. */
+struct pair {
+    const void *x, *y;
+    int kind;
+    float x_room[BLOCK], y_room[BLOCK];
+};
+
+INLINE void pair_up(struct pair *pair, const void *const *sources, const uint8_t *kinds, int x, int y,
+                    int64_t start, int64_t n)
+{
+    pair->kind = kinds[x];
+    pair->x = from(sources[x], kinds[x], start);
+    pair->y = from(sources[y], kinds[y], start);
+    if (kinds[x] == kinds[y])
         return;
-    }
-    uint16_t *restrict halves = (uint16_t *)stored + start;
+    load(sources[x], kinds[x], start, n, pair->x_room);
+    load(sources[y], kinds[y], start, n, pair->y_room);
+    pair->x = pair->x_room, pair->y = pair->y_room, pair->kind = FLOAT32;
+}
+
+/* x - y. Returns whether any of them is unbounded. */
+INLINE uint32_t subtract_as(const void *restrict x, const void *restrict y, int kind, int64_t n,
+                            float *restrict vector)
+{
+    uint32_t unbounded = 0;
     for (int64_t k = 0; k < n; k++) {
-        uint32_t bits = bits_of(values[k]);
-        halves[k] = (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+        vector[k] = at(x, kind, k) - at(y, kind, k);
+        unbounded |= is_unbounded(vector[k]);
     }
+    return unbounded;
+}
+
+INLINE uint32_t subtract(const struct pair *pair, int64_t n, float *restrict vector)
+{
+    return pair->kind == BFLOAT16 ? subtract_as(pair->x, pair->y, BFLOAT16, n, vector)
+                                  : subtract_as(pair->x, pair->y, FLOAT32, n, vector);
 }
 
 /* Which of the masks hold an element: the first in the least significant bit. */
@@ -87,40 +148,50 @@ INLINE int64_t count(const uint8_t *restrict codes, int64_t n, int code)
     return total;
 }
 
-/* (x - y) * w, into x. */
-INLINE void weigh(float *restrict x, const float *restrict y, int64_t n,
-                  const float *restrict weights, int num_weights, const uint8_t *restrict codes)
+/* (x - y) * w, into the sum or added to it; weights: one, or those of all codes. */
+INLINE void add_term_as(float *restrict sum, int is_first, const void *restrict x,
+                        const void *restrict y, int kind, int64_t n, const float *restrict weights,
+                        int num_weights, const uint32_t *restrict codes)
 {
-    if (num_weights == 1) {
-        float weight = weights[0];
-        for (int64_t k = 0; k < n; k++)
-            x[k] = (x[k] - y[k]) * weight;
-    } else if (num_weights == 4) { /* choosing takes half as long as looking up */
-        float none = weights[0], first = weights[1], second = weights[2], both = weights[3];
-        for (int64_t k = 0; k < n; k++) {
-            uint32_t code = codes[k];
-            float without = code & 1 ? first : none, with = code & 1 ? both : second;
-            x[k] = (x[k] - y[k]) * (code & 2 ? with : without);
+    float none = weights[0], first = 0, second = 0, both = 0;
+    if (num_weights == 4)
+        first = weights[1], second = weights[2], both = weights[3];
+    for (int64_t k = 0; k < n; k++) {
+        float weight = none;
+        if (num_weights == 4) { /* choosing takes half as long as looking up */
+            float without = codes[k] & 1 ? first : none, with = codes[k] & 1 ? both : second;
+            weight = codes[k] & 2 ? with : without;
+        } else if (num_weights != 1) {
+            weight = weights[codes[k]];
         }
-    } else {
-        for (int64_t k = 0; k < n; k++)
-            x[k] = (x[k] - y[k]) * weights[codes[k]];
+        float term = (at(x, kind, k) - at(y, kind, k)) * weight;
+        sum[k] = is_first ? term : sum[k] + term;
     }
 }
 
-INLINE void add(float *restrict sum, const float *restrict x, int64_t n)
+INLINE void add_term(float *restrict sum, int is_first, const struct pair *pair, int64_t n,
+                     const float *restrict weights, int num_weights, const uint32_t *restrict codes)
 {
-    for (int64_t k = 0; k < n; k++)
-        sum[k] += x[k];
+    const void *x = pair->x, *y = pair->y;
+    int is_half = pair->kind == BFLOAT16;
+    /* Loops of their own: what is spelled out here is known when they are compiled. */
+    if (num_weights == 1 && is_half)
+        add_term_as(sum, is_first, x, y, BFLOAT16, n, weights, 1, codes);
+    else if (num_weights == 1)
+        add_term_as(sum, is_first, x, y, FLOAT32, n, weights, 1, codes);
+    else if (num_weights == 4 && is_half)
+        add_term_as(sum, is_first, x, y, BFLOAT16, n, weights, 4, codes);
+    else if (num_weights == 4)
+        add_term_as(sum, is_first, x, y, FLOAT32, n, weights, 4, codes);
+    else
+        add_term_as(sum, is_first, x, y, pair->kind, n, weights, num_weights, codes);
 }
 
-/* Whether any number is infinite or NaN: its exponent is all ones. */
-INLINE uint32_t any_unbounded(const float *restrict values, int64_t n)
+INLINE void add(float *restrict sum, const void *stored, int kind, int64_t start, int64_t n)
 {
-    uint32_t found = 0;
+    const void *restrict block = from(stored, kind, start);
     for (int64_t k = 0; k < n; k++)
-        found |= ((bits_of(values[k]) & 0x7f800000u) + 0x00800000u) >> 31;
-    return found;
+        sum[k] += at(block, kind, k);
 }
 
 /* Raised whenever what is declared elsewhere changes: a library built before is not used. */
@@ -142,8 +213,10 @@ int64_t kifmerge_weighted_sum(int64_t numel, const void *const *sources, const u
                           const float *weights, int origin, int origin_last, int num_masks,
                           const uint8_t *const *masks, int64_t *counts, void *out, int out_kind)
 {
-    float sum[BLOCK], x[BLOCK], y[BLOCK];
+    float sum[BLOCK];
+    struct pair pair;
     uint8_t codes[BLOCK];
+    uint32_t wide_codes[BLOCK]; /* beside floats of the same size: measured twice as fast */
     int num_weights = 1 << num_masks;
     uint32_t unbounded = 0;
     for (int64_t start = 0; start < numel; start += BLOCK) {
@@ -154,24 +227,19 @@ int64_t kifmerge_weighted_sum(int64_t numel, const void *const *sources, const u
             counts[1] += count(codes, n, 0);
             for (int i = 0; i < num_masks; i++)
                 counts[2 + i] += count(codes, n, 1 << i);
+            for (int64_t k = 0; k < n; k++)
+                wide_codes[k] = codes[k];
         }
-        if (!origin_last)
+        if (!origin_last || num_terms == 0)
             load(sources[origin], kinds[origin], start, n, sum);
         for (int t = 0; t < num_terms; t++) {
-            load(sources[xs[t]], kinds[xs[t]], start, n, x);
-            load(sources[ys[t]], kinds[ys[t]], start, n, y);
-            weigh(x, y, n, weights + (int64_t)t * num_weights, num_weights, codes);
-            if (t == 0 && origin_last)
-                memcpy(sum, x, (size_t)n * sizeof(float));
-            else
-                add(sum, x, n);
+            pair_up(&pair, sources, kinds, xs[t], ys[t], start, n);
+            add_term(sum, t == 0 && origin_last, &pair, n, weights + (int64_t)t * num_weights,
+                     num_weights, wide_codes);
         }
-        if (origin_last) {
-            load(sources[origin], kinds[origin], start, n, x);
-            add(sum, x, n);
-        }
-        unbounded |= any_unbounded(sum, n);
-        store(sum, n, out, out_kind, start);
+        if (origin_last && num_terms)
+            add(sum, sources[origin], kinds[origin], start, n);
+        unbounded |= store(sum, n, out, out_kind, start);
     }
     return unbounded == 0;
 }
@@ -190,17 +258,15 @@ int64_t kifmerge_ties(int64_t numel, const void *const *sources, const uint8_t *
                   float least_divisor, void *out, int out_kind)
 {
     float terms[MOST_MODELS][TIES_BLOCK], y[TIES_BLOCK], sum[TIES_BLOCK], divisor[TIES_BLOCK];
+    struct pair pair;
     uint32_t unbounded = 0;
     for (int64_t start = 0; start < numel; start += TIES_BLOCK) {
         int64_t n = numel - start < TIES_BLOCK ? numel - start : TIES_BLOCK;
         for (int i = 0; i < num_models; i++) {
             float *restrict term = terms[i];
             float smallest = smallest_kept[i], weight = weights[i];
-            load(sources[i + 1], kinds[i + 1], start, n, term);
-            load(sources[ys[i]], kinds[ys[i]], start, n, y);
-            for (int64_t k = 0; k < n; k++)
-                term[k] -= y[k];
-            unbounded |= any_unbounded(term, n);
+            pair_up(&pair, sources, kinds, i + 1, ys[i], start, n);
+            unbounded |= subtract(&pair, n, term);
             for (int64_t k = 0; k < n; k++) {
                 float kept = __builtin_fabsf(term[k]) >= smallest ? 1.0f : 0.0f;
                 term[k] = kept * term[k] * weight;
@@ -208,7 +274,7 @@ int64_t kifmerge_ties(int64_t numel, const void *const *sources, const uint8_t *
             if (i == 0)
                 memcpy(sum, term, (size_t)n * sizeof(float));
             else
-                add(sum, term, n);
+                add(sum, term, FLOAT32, 0, n);
         }
         for (int64_t k = 0; k < n; k++)
             y[k] = sum[k] < 0.0f ? -1.0f : 1.0f; /* the elected sign */
@@ -227,10 +293,8 @@ int64_t kifmerge_ties(int64_t numel, const void *const *sources, const uint8_t *
             float bounded = divisor[k] < least_divisor ? least_divisor : divisor[k];
             sum[k] = sum[k] / bounded * y[k] * scale;
         }
-        load(sources[0], kinds[0], start, n, y);
-        add(sum, y, n);
-        unbounded |= any_unbounded(sum, n);
-        store(sum, n, out, out_kind, start);
+        add(sum, sources[0], kinds[0], start, n);
+        unbounded |= store(sum, n, out, out_kind, start);
     }
     return unbounded == 0;
 }
@@ -239,16 +303,15 @@ int64_t kifmerge_ties(int64_t numel, const void *const *sources, const uint8_t *
 FOR_EACH_PROCESSOR
 int64_t kifmerge_sizes(int64_t numel, const void *const *sources, const uint8_t *kinds, float *sizes)
 {
-    float y[BLOCK];
+    struct pair pair;
     uint32_t unbounded = 0;
     for (int64_t start = 0; start < numel; start += BLOCK) {
         int64_t n = numel - start < BLOCK ? numel - start : BLOCK;
-        float *restrict x = sizes + start;
-        load(sources[0], kinds[0], start, n, x);
-        load(sources[1], kinds[1], start, n, y);
+        float *restrict vector = sizes + start;
+        pair_up(&pair, sources, kinds, 0, 1, start, n);
+        unbounded |= subtract(&pair, n, vector);
         for (int64_t k = 0; k < n; k++)
-            x[k] = __builtin_fabsf(x[k] - y[k]);
-        unbounded |= any_unbounded(x, n);
+            vector[k] = __builtin_fabsf(vector[k]);
     }
     return unbounded == 0;
 }
