@@ -54,3 +54,26 @@ main()
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert done.stderr == "True\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "num_prepared"), [(["report", "--help"], 1), (["--help"], 16), (["repport"], 16)]
+)
+def test_only_the_command_that_is_asked_for_is_prepared(words, num_prepared):
+    program = """
+import sys
+from unittest import mock
+import typer.main
+from kifmerge.cli import main
+prepare = typer.main.get_command_from_info
+with mock.patch("typer.main.get_command_from_info", wraps=prepare) as prepared:
+    try:
+        main()
+    except SystemExit:
+        print(prepared.call_count)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, *words], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == str(num_prepared)
+    assert ("Did you mean 'report'?" in done.stderr) == (words == ["repport"])

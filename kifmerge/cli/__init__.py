@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import gc
 import importlib.metadata
+import sys
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -81,7 +82,7 @@ def _main_options(
 
 
 for _command in _COMMANDS:
-    app.command()(_command)
+    app.command(_command.__name__)(_command)
 
 
 def main() -> None:
@@ -89,4 +90,7 @@ def main() -> None:
     # At the end nothing is looked for in all that libraries have made, since memory goes with the
     # process. Measured with torch: 0.35 seconds of a processor.
     atexit.register(gc.freeze)
+    # Typer prepares the options of every command it knows; the one that is asked for is enough.
+    asked_for = [command for command in app.registered_commands if command.name in sys.argv[1:2]]
+    app.registered_commands = asked_for or app.registered_commands
     app()
