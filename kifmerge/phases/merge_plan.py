@@ -25,7 +25,7 @@ MOST_BUFFER_BYTES = 96 << 20
 _WORKER_BUFFER_BYTES = 20 << 20
 LEAST_PIECE_BYTES = 1 << 16
 # Measured: larger ones leave the cache; smaller ones make two workers wait for the interpreter.
-MOST_PIECE_BYTES = 3 << 20
+MOST_PIECE_BYTES = 15 << 17
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
